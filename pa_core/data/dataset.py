@@ -1,0 +1,221 @@
+"""A dataset, split and decoded: three parts that are read by index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pa_core.data import sources, splits, store
+from pa_core.data.sources import Source
+from pa_core.params import COERCE, ParameterError
+
+SHOWN = 5
+
+
+class Counter:
+    """Counts images that were read."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Part:
+    """Training, validation or test images, in a fixed order. N is their number.
+
+    Attributes:
+        name: ``train``, ``val`` or ``test``.
+        ids: unique, the same wherever the images lie.
+        labels: int64 [N].
+        sizes: int64 [N, 2], height and width of the original images.
+        store: uint8 [M, 3, S, S], read-only, of the whole dataset; use :meth:`read`.
+        rows: int64 [N], where this part's images are in the store.
+    """
+
+    name: str
+    ids: tuple[str, ...]
+    labels: Tensor
+    sizes: Tensor
+    store: np.ndarray
+    rows: np.ndarray
+    counter: Counter = field(default_factory=Counter)
+
+    @property
+    def reads(self) -> int:
+        """How many images were read so far."""
+        return self.counter.images
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"Part({self.name!r}, {len(self)} images)"
+
+    def read(self, index: Tensor) -> Tensor:
+        """The images of the given positions, in that order.
+
+        Args:
+            index: int64 [n], each from 0 to N - 1; on any device.
+
+        Returns:
+            uint8 [n, 3, S, S] on the CPU, a copy.
+
+        Raises:
+            IndexError: a position is out of range.
+        """
+        positions = index.cpu().numpy()
+        if positions.ndim != 1 or (len(positions) and positions.min() < 0):
+            raise IndexError(f"positions are a list of numbers from 0 to {len(self) - 1}")
+        images = torch.from_numpy(self.store[self.rows[positions]])
+        self.counter.images += len(images)
+        return images
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """Images of C classes in three parts that share no content.
+
+    Attributes:
+        name: as asked for.
+        classes: C names, by label.
+        image_size: S, pixels per side.
+        train, val, test: the parts.
+        digest: SHA-256 (hex) of ids, labels, contents, classes and official parts; not of where the images lie,
+            nor of how they were split here.
+        split_digest: SHA-256 (hex) of which id is in which part.
+        skipped: files that were left out because they are no images, each with the reason.
+        dropped: ids left out of training (or of official validation images) as copies of test (or validation) images.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    image_size: int
+    train: Part
+    val: Part
+    test: Part
+    digest: str
+    split_digest: str
+    skipped: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+def load(
+    *,
+    dataset: str,
+    data_dir: str | None = None,
+    bad_images: str = "refuse",
+    image_size: int | None = None,
+    train_fraction: float = 1.0,
+    folds: int = 5,
+    fold: int = 0,
+    seed: int = 0,
+) -> Dataset:
+    """A dataset, downloaded, decoded and split as far as that was not done before.
+
+    Args:
+        dataset: one of :func:`names`.
+        data_dir: the folder for ``folder``; for a downloaded set, where it lies instead of in the data home.
+        bad_images: ``refuse`` files that are no images or cut short, or ``skip`` them.
+        image_size: pixels per side; the dataset's own by default. For ``folder`` that is the largest of 32, 64, 96,
+            128 and 224 that is not above the median shorter side of its images.
+        train_fraction: share of each class's training images to keep, at least one; smaller shares are part of larger ones.
+        folds, fold: the validation part is fold ``fold`` of ``folds``, where no official one exists.
+        seed: drives folds and fraction. The test part never depends on it.
+
+    Raises:
+        ParameterError: a parameter is refused, or the images do not allow it.
+    """
+    size_and_data = {"bad_images": bad_images, "image_size": image_size}
+    options = {"folds": folds, "fold": fold, "seed": seed, "train_fraction": train_fraction}
+    checked = _checked(size_and_data | options)
+    bad_images, image_size = checked.pop("bad_images"), checked.pop("image_size")
+    source = sources.find(dataset, data_dir)
+    size = image_size or source.image_size
+    bad = dict(source.bad)
+    _refuse(source, bad, bad_images)
+    rows = _split(source, bad, checked)  # now, so that a class that is too small is refused before all is decoded
+    pixels, broken = _pixels(source, size)
+    if broken:
+        bad |= broken
+        _refuse(source, bad, bad_images)
+        rows = _split(source, bad, checked)
+    parts = {name: _part(source, name, pixels, getattr(rows, name)) for name in sources.PARTS}
+    return Dataset(
+        name=dataset,
+        classes=source.classes,
+        image_size=size,
+        **parts,
+        digest=_digest(source, bad),
+        split_digest=_sha([[name, part.ids] for name, part in parts.items()]),
+        skipped=tuple(f"{source.ids[row]}: {bad[row]}" for row in sorted(bad)),
+        dropped=tuple(source.ids[row] for row in rows.dropped),
+    )
+
+
+def _checked(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    coerced = {}
+    for name, value in parameters.items():
+        try:
+            coerced[name] = COERCE[name](value)
+        except ValueError as error:
+            raise ParameterError(name, value, str(error)) from None
+    if coerced["fold"] >= coerced["folds"]:
+        allowed = f"allowed is 0 to {coerced['folds'] - 1}, for folds = {coerced['folds']}"
+        raise ParameterError("fold", coerced["fold"], allowed)
+    return coerced
+
+
+def _refuse(source: Source, bad: Mapping[int, str], bad_images: str) -> None:
+    if not bad or bad_images == "skip":
+        return
+    rows = sorted(bad)
+    named = ", ".join(f"{source.ids[row]} ({bad[row]})" for row in rows[:SHOWN])
+    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    files = "1 file is no image or is" if len(rows) == 1 else f"{len(rows)} files are no images or are"
+    allowed = "repair or remove what is named, or set bad_images to skip"
+    raise ParameterError(*source.origin, f"{files} cut short: {named}{more}; {allowed}")
+
+
+def _split(source: Source, bad: Mapping[int, str], options: Mapping[str, Any]) -> splits.Split:
+    rows = np.setdiff1d(np.arange(len(source.ids)), np.fromiter(bad, dtype=np.int64, count=len(bad)))
+    common = {"labels": source.labels, "digests": source.digests, "parts": source.parts}
+    return splits.split(rows=rows, **common, classes=source.classes, origin=source.origin, **options)
+
+
+def _pixels(source: Source, size: int) -> store.Pixels:
+    if source.ready is not None and source.ready.shape[-1] == size:
+        return source.ready, {}
+    return store.images(source.things, source.digests, size=size, title=source.name)
+
+
+def _part(source: Source, name: str, pixels: np.ndarray, rows: np.ndarray) -> Part:
+    return Part(
+        name=name,
+        ids=tuple(source.ids[row] for row in rows),
+        labels=torch.from_numpy(source.labels[rows]),
+        sizes=torch.from_numpy(source.sizes[rows]),
+        store=pixels,
+        rows=rows,
+    )
+
+
+def _digest(source: Source, bad: Mapping[int, str]) -> str:
+    images = [
+        (name, int(label), str(part), digest)
+        for row, (name, label, part, digest) in enumerate(
+            zip(source.ids, source.labels, source.parts, source.digests, strict=True)
+        )
+        if row not in bad
+    ]
+    return _sha([source.classes, images])
+
+
+def _sha(content: Sequence) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

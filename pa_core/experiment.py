@@ -1,0 +1,410 @@
+"""Walk the schedule: ``run(experiment) -> Run``.
+
+>>> from pa_core.experiment import run
+>>> run(Experiment(schedule="5,p,5", xai="gradcam")).summary["test_accuracy"]       # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from pa_core import attribution, data, metrics, models, runs, schedule, train
+from pa_core.masking import to_float
+from pa_core.params import Experiment, ParameterError, derived_seed, runs_home
+from pa_core.proxy import Overlay, Proxies, Record, choose, make_proxies, proxy_step
+from pa_core.runs import Run, RunError
+
+Log = Callable[[str], None]
+SHOWN = 8
+"""Proxies per step that TensorBoard and the notebooks show."""
+
+
+def say(text: str) -> None:
+    """Print a line at once, so that it is seen while the run goes on, also in a log file."""
+    print(text, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything that is checked and loaded before training starts.
+
+    Attributes:
+        experiment: its parameters.
+        dataset: the three parts.
+        model: freshly initialised or with the given weights, on the CPU.
+        device, dtype: resolved from ``device`` and ``precision``.
+        digest: the run's identity.
+    """
+
+    experiment: Experiment
+    dataset: data.Dataset
+    model: models.Classifier
+    device: torch.device
+    dtype: torch.dtype
+    digest: str
+
+
+def load_data(experiment: Experiment) -> data.Dataset:
+    """The experiment's dataset, split."""
+    names = {"dataset", "data_dir", "bad_images", "image_size", "train_fraction", "folds", "fold", "seed"}
+    return data.load(**{f.name: getattr(experiment, f.name) for f in fields(experiment) if f.name in names})
+
+
+def prepare(experiment: Experiment) -> Prepared:
+    """Check everything that can be checked, the cheap things first, and load data and model.
+
+    Raises:
+        ParameterError: a parameter is refused.
+    """
+    device = train.resolve_device(experiment.device)
+    dtype = train.resolve_precision(experiment.precision, device)
+    models.check_name(experiment.model)
+    xai = attribution.resolve(experiment.xai)  # an alias is the same run
+    experiment = replace(experiment, xai=xai)
+    attribution.check(xai, smooth=experiment.smooth)
+    weights = _file_digest(experiment.pretrained)
+    dataset = load_data(experiment)
+    model = models.create(
+        experiment.model,
+        classes=len(dataset.classes),
+        image_size=dataset.image_size,
+        pretrained=experiment.pretrained,
+        cam_layer=experiment.cam_layer,
+        seed=derived_seed(experiment.seed, "initialisation"),
+    )
+    digest = experiment.digest(data=dataset.digest, weights=weights)
+    return Prepared(experiment=experiment, dataset=dataset, model=model, device=device, dtype=dtype, digest=digest)
+
+
+def _file_digest(pretrained: bool | str) -> str:
+    if not isinstance(pretrained, str):
+        return ""
+    path = Path(pretrained).expanduser()
+    if not path.is_file():
+        raise ParameterError("pretrained", pretrained, "there is no such file; allowed is true, false or a weights file")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find(experiment: Experiment, prepared: Prepared | None = None) -> Run | None:
+    """The finished run with these parameters, if there is one. Trains nothing."""
+    prepared = prepared or prepare(experiment)
+    path = runs.directory(runs_home(experiment.runs_dir), prepared.experiment, prepared.digest)
+    run = Run(path)
+    return run if run.finished else None
+
+
+def run(experiment: Experiment, *, rerun: bool = False, log: Log = say) -> Run:
+    """Train as the schedule says, or continue where a run with the same identity stopped, or return it if it is finished.
+
+    Args:
+        rerun: make a finished run anew beside the old one.
+        log: receives a line per epoch and proxy step.
+
+    Raises:
+        ParameterError: before anything is trained or written.
+        NonFiniteLoss: with epoch and step; the run has failed and has no result.
+        RunError: the run's directory holds something that does not belong to it.
+    """
+    prepared = prepare(experiment)
+    path = runs.directory(runs_home(experiment.runs_dir), prepared.experiment, prepared.digest, rerun=rerun)
+    _make_folder(path, experiment.runs_dir)
+    with runs.lock(path, log), torch.random.fork_rng(), _threads(Run(path).manifest.get("threads")):
+        if Run(path).finished:
+            stale = "; it was made by other code than this, rerun=True makes it anew" if Run(path).stale else ""
+            log(f"finished before: {path}{stale}")
+            return Run(path)
+        walk = _begin(prepared, path, log)
+        try:
+            _walk(walk)
+            _finish(walk)
+        except BaseException as error:  # noted in the manifest, then raised on
+            kind = runs.INTERRUPTED if isinstance(error, KeyboardInterrupt) else runs.FAILED
+            runs.update_manifest(path, status=kind, error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            walk.board.close()
+    return Run(path)
+
+
+def _make_folder(path: Path, runs_dir: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ParameterError("runs_dir", runs_dir, f"no folder can be made there ({error.strerror}); allowed is a folder that can be written") from error
+
+
+@contextmanager
+def _threads(recorded: int | None) -> Iterator[None]:
+    """Continue with the thread count the run began with: the sums of a float depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(recorded or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(kw_only=True)
+class _Walk:
+    """A run under way."""
+
+    prepared: Prepared
+    path: Path
+    state: train.State
+    batch_size: int
+    records: list[Record]
+    board: SummaryWriter
+    log: Log
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.prepared.experiment
+
+    def step_folder(self, step: int) -> Path:
+        return self.path / "proxies" / f"step_{step}"
+
+    def overlay(self) -> Overlay:
+        """The training part under the proxies of the steps so far that are kept."""
+        made = [record.step for record in self.records]
+        kept = made[-1:] if self.experiment.keep_proxies == "last" else made
+        folders = [self.step_folder(step) for step in kept]
+        return Overlay(self.prepared.dataset.train, mode=self.experiment.overlay, steps=folders)
+
+
+def _begin(prepared: Prepared, path: Path, log: Log) -> _Walk:
+    """A fresh run, or one that stands where its checkpoint left it."""
+    e, dataset, manifest = prepared.experiment, prepared.dataset, Run(path).manifest
+    checkpoint = runs.load_checkpoint(path)
+    if manifest:
+        _check_resume(prepared, manifest, path)
+    torch.manual_seed(derived_seed(e.seed, "training"))
+    batch_size = manifest.get("batch_size") or _batch_size(prepared, log)
+    total_steps = schedule.epochs(e.schedule) * train.steps_per_epoch(len(dataset.train), batch_size)
+    state = train.create_state(prepared.model, e, total_steps=total_steps, device=prepared.device, dtype=prepared.dtype)
+    records: list[Record] = []
+    if checkpoint is not None:
+        state.load_state_dict(checkpoint["state"])
+        records = [Record(**record) for record in checkpoint["records"]]
+        log(f"continuing {path.name} after epoch {state.epoch}")
+    runs.cut_metrics(path, state.epoch)
+    if not manifest or checkpoint is None:
+        manifest = _new_manifest(prepared, batch_size)
+    compiled = _compile(state, prepared, batch_size, log) if e.compile else None
+    runs.write_json(path / "manifest.json", manifest | {"status": runs.RUNNING, "error": None, "compile": compiled})
+    board = SummaryWriter(str(path / "tensorboard"), purge_step=state.epoch + 1)
+    return _Walk(prepared=prepared, path=path, state=state, batch_size=batch_size, records=records, board=board, log=log)
+
+
+def _check_resume(prepared: Prepared, manifest: dict[str, Any], path: Path) -> None:
+    for name, here in (("digest", prepared.digest), ("split_digest", prepared.dataset.split_digest)):
+        if manifest.get(name) != here:
+            raise RunError(f"{path} cannot be continued: its {name} is {manifest.get(name)}, and would now be {here}")
+
+
+def _batch_size(prepared: Prepared, log: Log) -> int:
+    if prepared.experiment.batch_size != "auto":
+        return int(prepared.experiment.batch_size)
+    dataset = prepared.dataset
+    size = train.auto_batch_size(
+        prepared.model, image_size=dataset.image_size, n=len(dataset.train), device=prepared.device, dtype=prepared.dtype
+    )
+    log(f"batch_size auto: {size}")
+    return size
+
+
+def _compile(state: train.State, prepared: Prepared, batch_size: int, log: Log) -> str:
+    some = torch.arange(min(batch_size, len(prepared.dataset.train)))
+    return train.try_compile(state, to_float(prepared.dataset.train.read(some).to(state.device)), log)
+
+
+def _new_manifest(prepared: Prepared, batch_size: int) -> dict[str, Any]:
+    e, dataset = prepared.experiment, prepared.dataset
+    return {
+        "digest": prepared.digest,
+        "parameters": e.to_dict(),
+        "effective": e.effective(),
+        "started": runs.now(),
+        "command": runs.command(),
+        "code_version": runs.code_version(),
+        "git_commit": runs.git_commit(),
+        "versions": runs.versions(),
+        "device": str(prepared.device),
+        "device_name": runs.device_name(prepared.device),
+        "threads": torch.get_num_threads(),
+        "precision": str(prepared.dtype).removeprefix("torch."),
+        "batch_size": batch_size,
+        "data_digest": dataset.digest,
+        "split_digest": dataset.split_digest,
+        "classes": list(dataset.classes),
+        "image_size": dataset.image_size,
+        "n_train": len(dataset.train),
+        "n_val": len(dataset.val),
+        "n_test": len(dataset.test),
+        "skipped": list(dataset.skipped),
+        "dropped": list(dataset.dropped),
+        "model": prepared.model.describe(),
+    }
+
+
+def _walk(walk: _Walk) -> None:
+    """The epochs that are left, each with the proxy step that may stand before it."""
+    e = walk.experiment
+    plan = schedule.stages(e.schedule)
+    e_total, source = len(plan), walk.overlay()
+    for stage, proxy_first in plan[walk.state.epoch :]:
+        if proxy_first:
+            _make_step(walk)
+            source = walk.overlay()
+        trained = train.train_one_epoch(
+            walk.state,
+            source,
+            draws=len(walk.prepared.dataset.train),
+            batch_size=walk.batch_size,
+            kinds=e.augment,
+            label_smoothing=e.label_smoothing,
+            seed=e.seed,
+        )
+        checked = _evaluate(walk, walk.prepared.dataset.val)
+        row = {
+            "epoch": walk.state.epoch,
+            "stage": stage,
+            "train_loss": trained["train_loss"],
+            "train_accuracy": trained["train_accuracy"],
+            "val_loss": checked.loss,
+            "val_accuracy": checked.accuracy,
+            "lr": trained["lr"],
+            "images_per_second": trained["images_per_second"],
+            "seconds": trained["seconds"],
+        }
+        runs.append_metrics(walk.path, row)
+        runs.save_checkpoint(walk.path, _checkpoint(walk, stage))
+        for name, value in row.items():
+            if name not in ("epoch", "stage"):
+                walk.board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+        walk.log(_line(row, e_total))
+
+
+def _checkpoint(walk: _Walk, stage: int) -> dict[str, Any]:
+    """The overlay is kept as the records of its steps: their proxies are files of the run already."""
+    return {"state": walk.state.state_dict(), "stage": stage, "records": [record.to_dict() for record in walk.records]}
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    return (
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  "
+        f"train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.3f}  "
+        f"val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.3f}  "
+        f"lr {row['lr']:.1e}  {row['images_per_second']:,.0f} images/s"
+    )
+
+
+def _evaluate(walk: _Walk, part: data.Part) -> train.Evaluation:
+    return train.evaluate(walk.state.model, part, device=walk.state.device, dtype=walk.state.dtype)
+
+
+def _make_step(walk: _Walk) -> None:
+    e, step = walk.experiment, len(walk.records) + 1
+    record = proxy_step(
+        walk.state.model,
+        walk.prepared.dataset.train,
+        e,
+        step=step,
+        epoch=walk.state.epoch,
+        directory=walk.step_folder(step),
+        device=walk.state.device,
+        dtype=walk.state.dtype,
+        show=lambda made: _show(walk.board, made, walk.state.epoch),
+    )
+    walk.records.append(record)
+    fewer = f" ({record.asked} asked for, no more qualify)" if record.images < record.asked else ""
+    walk.log(
+        f"proxy step {step}: {record.images} of {len(walk.prepared.dataset.train)} images{fewer} by {e.select}, {e.xai}, "
+        f"fill {e.fill}, {record.masked_share:.1%} masked, {record.unchanged} unchanged, {record.seconds:.1f} s"
+    )
+
+
+def _show(board: SummaryWriter, made: Proxies, epoch: int) -> None:
+    """Original, heatmap and proxy side by side, one image a row."""
+    rows = slice(0, SHOWN)
+    maps = (made.maps[rows, None] * 255).to(torch.uint8).expand_as(made.originals[rows])
+    triples = torch.cat([made.originals[rows], maps, made.images[rows]], dim=3)
+    board.add_image("proxies/original_heatmap_proxy", torch.cat(list(triples), dim=1), epoch)
+
+
+def _finish(walk: _Walk) -> None:
+    """Read the test images, once, and write the results; the checkpoint shrinks to the weights."""
+    path, e, dataset = walk.path, walk.experiment, walk.prepared.dataset
+    tested = _evaluate(walk, dataset.test)
+    runs.write_csv(path / "predictions.csv", predictions(tested.logits, dataset.test, dataset.classes))
+    runs.write_csv(path / "classes.csv", metrics.per_class(dataset.test.labels, tested.logits.argmax(1), dataset.classes))
+    runs.save_weights(path, walk.state.model.network)
+    summary = _summary(walk, tested)
+    runs.write_json(path / "summary.json", summary)
+    numbers = {f"hparam/{k}": v for k, v in summary.items() if k in ("val_accuracy", "test_accuracy", "proxy_images")}
+    texts = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in e.to_dict().items()}
+    walk.board.add_hparams(texts, numbers, run_name=".", global_step=walk.state.epoch)
+    started = pd.Timestamp(Run(path).manifest["started"])
+    wall_time = (pd.Timestamp(runs.now()) - started).total_seconds()
+    runs.update_manifest(path, status=runs.FINISHED, finished=runs.now(), wall_time=wall_time)
+    (path / "checkpoint.pt").unlink(missing_ok=True)
+    walk.log(f"test accuracy {summary['test_accuracy']:.3f} on {summary['n_test']} images, seed {e.seed}; the run is in {path}")
+
+
+def predictions(logits: Tensor, part: data.Part, classes: tuple[str, ...]) -> pd.DataFrame:
+    """Per image: id, label, predicted, confidence (probability of the predicted class, [0, 1])."""
+    confidence, predicted = logits.softmax(1).max(1)
+    names = list(classes)
+    return pd.DataFrame(
+        {
+            "id": list(part.ids),
+            "label": [names[i] for i in part.labels.tolist()],
+            "predicted": [names[i] for i in predicted.tolist()],
+            "confidence": confidence.numpy().round(6),
+        }
+    )
+
+
+def _summary(walk: _Walk, tested: train.Evaluation) -> dict[str, Any]:
+    rows, records, dataset = runs.read_metrics(walk.path), walk.records, walk.prepared.dataset
+    made = sum(record.images for record in records)
+    return {
+        "val_accuracy": rows[-1]["val_accuracy"],
+        "best_val_accuracy": max(row["val_accuracy"] for row in rows),
+        "test_accuracy": tested.accuracy,
+        "test_loss": tested.loss,
+        "n_train": len(dataset.train),
+        "n_val": len(dataset.val),
+        "n_test": len(dataset.test),
+        "epochs": len(rows),
+        "proxy_images": made,
+        "masked_share": sum(r.masked_share * r.images for r in records) / made if made else 0.0,
+        "unchanged_proxies": sum(record.unchanged for record in records),
+        "proxy_seconds": sum(record.seconds for record in records),
+        "train_seconds": sum(row["seconds"] for row in rows),
+    }
+
+
+# For notebooks
+
+
+def first_proxies(experiment: Experiment, model: models.Classifier, dataset: data.Dataset, *, count: int = SHOWN) -> Proxies:
+    """What the first proxy step would make of its first ``count`` choices with this model; nothing is stored.
+
+    ``shuffled`` deals maps out among the images shown, which are not those of the whole step.
+    """
+    device = next(model.parameters()).device
+    positions, targets, _ = choose(model, dataset.train, experiment, step=1, device=device, dtype=torch.float32)
+    return make_proxies(
+        model, dataset.train, experiment, positions=positions[:count], targets=targets[:count], device=device
+    )

@@ -1,0 +1,423 @@
+"""A timm name -> a classifier with its preprocessing, its CAM layer and that layer's layout.
+
+A class activation map needs the activations ``A`` of one layer and the logits as a function of ``A``. timm's own
+split ``forward_head(forward_features(x))`` gives both for convolutional networks and for Swin. In a vision
+transformer that reads its class token, the patch tokens after the last block have no gradient, so there ``A`` is
+the output of the last block's first norm, as is usual (Gildenblat, pytorch-grad-cam). No model is known by name here.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from pa_core.params import ParameterError, nearest
+
+MIN_GRID = 4
+"""A heatmap coarser than 4 x 4 says nothing about where."""
+
+FEATURES = "forward_features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cam:
+    """Where class activation maps are taken from.
+
+    Attributes:
+        layer: ``forward_features`` (its output), or a module's dotted name (its output).
+        layout: ``NCHW``, ``NHWC`` or ``tokens`` ([N, prefix + h * w, C]).
+        grid: (h, w) of the layer's output.
+        prefix_tokens: class and register tokens before the patch tokens.
+    """
+
+    layer: str
+    layout: str
+    grid: tuple[int, int]
+    prefix_tokens: int = 0
+
+    def spatial(self, activations: Tensor) -> Tensor:
+        """The layer's output (or a gradient of that shape) as [N, C, h, w], whatever its layout."""
+        if self.layout == "NCHW":
+            return activations
+        if self.layout == "NHWC":
+            return activations.permute(0, 3, 1, 2)
+        patches = activations[:, self.prefix_tokens :]
+        return patches.transpose(1, 2).unflatten(2, self.grid)
+
+
+class Classifier(nn.Module):
+    """A timm network that owns its preprocessing: pixels in [0, 1] in, logits out.
+
+    Attributes:
+        network: the timm model.
+        name: its timm name.
+        cam: the CAM layer.
+        changes: what was changed in the network to keep a grid of at least 4 x 4, one text each.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, name: str, classes: int, image_size: int, cam: Cam, changes: tuple[str, ...]
+    ):
+        super().__init__()
+        self.network, self.name, self.classes, self.image_size = network, name, classes, image_size
+        self.cam, self.changes = cam, changes
+        config = network.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """[N, 3, S, S] in [0, 1] -> what the network was trained on."""
+        return (images - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 3, S, S] in [0, 1], float -> logits [N, classes]."""
+        return self.network(self.normalise(images))
+
+    def forward_cam(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward pass that can be differentiated from the CAM layer on, and no further back.
+
+        Args:
+            images: [N, 3, S, S] in [0, 1].
+
+        Returns:
+            activations: the CAM layer's output, in the layer's own layout, a leaf that requires grad.
+            logits: [N, classes], a function of ``activations``.
+        """
+        if self.cam.layer == FEATURES:
+            with torch.no_grad():
+                activations = self.network.forward_features(self.normalise(images))
+            activations = activations.detach().requires_grad_()
+            with torch.enable_grad():  # a clone, because a head may begin with an in-place activation
+                return activations, self.network.forward_head(activations.clone())
+        leaves: list[Tensor] = []
+
+        def cut(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            leaves.append(output.detach().requires_grad_())
+            # The graph begins here: what came before ran without one, and the outer no_grad restores the mode.
+            torch.set_grad_enabled(True)
+            return leaves[-1].clone()
+
+        handle = self.network.get_submodule(self.cam.layer).register_forward_hook(cut)
+        try:
+            with torch.no_grad():
+                logits = self.network(self.normalise(images))
+        finally:
+            handle.remove()
+        return leaves[-1], logits
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest keeps of the model."""
+        parameters = sum(p.numel() for p in self.network.parameters())
+        return {"name": self.name, "parameters": parameters, "cam": asdict(self.cam), "changes": list(self.changes)}
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that timm does not know, before anything is loaded."""
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        raise ParameterError("model", name, f"allowed is any name of timm.list_models(){nearest(base, timm.list_models())}")
+    known = timm.list_pretrained(f"{base}.*")
+    if tag and name not in known:
+        raise ParameterError("model", name, f"allowed tags of {base} are {', '.join(known) or 'none'}{nearest(name, known)}")
+
+
+def create(
+    name: str,
+    *,
+    classes: int,
+    image_size: int,
+    pretrained: bool | str = False,
+    cam_layer: str | None = None,
+    seed: int = 0,
+) -> Classifier:
+    """Build a classifier in float32 on the CPU; the global RNG is left as found.
+
+    Args:
+        name: any timm name.
+        classes: size of the head.
+        image_size: S of the images [N, 3, S, S].
+        pretrained: timm's own weights (True), or a file: .safetensors, or .pth/.pt loaded without executing
+            pickled code. A head of another number of classes is replaced by a fresh one.
+        cam_layer: dotted name of a module instead of the model's own CAM layer.
+        seed: of the initialisation.
+
+    Raises:
+        ParameterError: an unknown name, weights that cannot be had or do not fit, a CAM layer that does not exist, or an
+            image size that the network cannot take.
+    """
+    check_name(name)
+    if isinstance(pretrained, str) and not Path(pretrained).expanduser().is_file():
+        raise ParameterError("pretrained", pretrained, "there is no such file; allowed is true, false or a weights file")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _download(name, classes) if pretrained is True else timm.create_model(name, num_classes=classes)
+        network.eval()
+        changes, cam = _fit(network, name, image_size)
+        if isinstance(pretrained, str):
+            load_weights(network, Path(pretrained).expanduser())
+    if cam_layer is not None:
+        cam = _named_cam(network, cam_layer, image_size)
+    return Classifier(network, name=name, classes=classes, image_size=image_size, cam=cam, changes=changes)
+
+
+def _download(name: str, classes: int) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=classes)
+    except (OSError, RuntimeError) as error:  # no network; or a model for which timm has no weights
+        reason = str(error).split(". ")[0].splitlines()[0]
+        allowed = (
+            f"timm's weights for {name} could not be fetched ({reason}); "
+            "give a weights file instead, as in -p pretrained FILE.safetensors"
+        )
+        raise ParameterError("pretrained", True, allowed) from error
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a state dict from a file into a timm network; a head that does not fit keeps its fresh weights.
+
+    Raises:
+        ParameterError: the file is no state dict, holds pickled code, or belongs to another network.
+    """
+    try:
+        state = load_state_dict(str(path), device="cpu", weights_only=True)
+    except Exception as error:  # every reader has exceptions of its own for a damaged or unsafe file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ParameterError("pretrained", str(path), f"the file cannot be read as weights ({reason})") from error
+    state = {key.removeprefix("network."): value for key, value in state.items()}
+    own = network.state_dict()
+    if any(key in own and value.shape != own[key].shape for key, value in state.items()):
+        # timm's own conversion, which resamples position embeddings; its modules share this name for it
+        convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+        state = convert(state, network) if convert else state
+    head = {f"{name}.{part}" for name in _heads(network) for part in ("weight", "bias")}
+    replaced = {key for key in head & state.keys() if state[key].shape != own[key].shape}
+    state = {key: value for key, value in state.items() if not any(key.rsplit(".", 1)[0] == r.rsplit(".", 1)[0] for r in replaced)}
+    wrong = [k for k, v in state.items() if k not in own or v.shape != own[k].shape]
+    missing = [k for k in own if k not in state and k not in head]
+    if wrong or missing:
+        allowed = (
+            f"the file does not belong to {type(network).__name__} as built here: "
+            f"{len(wrong)} entries do not fit{_such_as(wrong)}, {len(missing)} are missing{_such_as(missing)}"
+        )
+        raise ParameterError("pretrained", str(path), allowed)
+    network.load_state_dict(state, strict=False)
+
+
+def _such_as(names: list[str]) -> str:
+    return f" (such as {names[0]})" if names else ""
+
+
+def _heads(network: nn.Module) -> list[str]:
+    """Dotted names of the final classifier(s); a distilled transformer has two."""
+    head = network.get_classifier()
+    heads = list(head) if isinstance(head, (list, tuple)) else [head]
+    return [name for name, module in network.named_modules() if any(module is h for h in heads)]
+
+
+# The CAM layer
+
+
+def find_cam(network: nn.Module, image_size: int) -> Cam:
+    """The network's own CAM layer, found by what the network gives at this size.
+
+    Raises:
+        ValueError: there is none, for example because the features are a list.
+        Exception: whatever the network raises at a size it cannot take.
+    """
+    with torch.no_grad():
+        features = network.forward_features(torch.zeros(1, 3, image_size, image_size))
+    if isinstance(features, Tensor) and features.ndim == 4:
+        return _cam(network, FEATURES, features)
+    last = network.feature_info[-1]["module"] if getattr(network, "feature_info", None) else "blocks"
+    block = network.get_submodule(last)
+    while isinstance(block, (nn.Sequential, nn.ModuleList)):
+        last, block = f"{last}.{len(block) - 1}", block[-1]
+    for name, child in block.named_children():
+        if "norm" in type(child).__name__.lower():
+            return _named_cam(network, f"{last}.{name}", image_size)
+    raise ValueError(f"no CAM layer was found in {type(network).__name__}")
+
+
+def _named_cam(network: nn.Module, layer: str, image_size: int) -> Cam:
+    if layer == FEATURES:
+        return find_cam(network, image_size)
+    names = [name for name, _ in network.named_modules() if name]
+    if layer not in names:
+        raise ParameterError("cam_layer", layer, f"allowed is a module's dotted name{nearest(layer, names)}")
+    outputs = _outputs(network, [layer], image_size)
+    if layer not in outputs:
+        raise ParameterError("cam_layer", layer, "allowed is a module that gives a map or patch tokens, [N, C, h, w] or [N, T, C]")
+    try:
+        return _cam(network, layer, outputs[layer])
+    except ValueError as error:
+        raise ParameterError("cam_layer", layer, f"allowed is a module that gives a map or patch tokens; {error}") from None
+
+
+def _outputs(network: nn.Module, layers: list[str], image_size: int) -> dict[str, Tensor]:
+    """Outputs (tensors only) of the named modules for one black image."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen[name] = output
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, 3, image_size, image_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _cam(network: nn.Module, layer: str, output: Tensor) -> Cam:
+    """Read layout and grid off an output. Images are square, so the two equal axes are the spatial ones."""
+    if output.ndim == 4:
+        _, first, middle, last = output.shape
+        if middle == last and not (first == last and getattr(network, "output_fmt", "NCHW") == "NHWC"):
+            return Cam(layer=layer, layout="NCHW", grid=(middle, last))
+        if first == middle:
+            return Cam(layer=layer, layout="NHWC", grid=(first, middle))
+    if output.ndim == 3:
+        prefix = getattr(network, "num_prefix_tokens", 0)
+        side = math.isqrt(max(output.shape[1] - prefix, 0))
+        if side and side * side == output.shape[1] - prefix:
+            return Cam(layer=layer, layout="tokens", grid=(side, side), prefix_tokens=prefix)
+    raise ValueError(f"{layer} gives {list(output.shape)}")
+
+
+# Small inputs
+
+
+def _fit(network: nn.Module, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
+    """Let the network take images of this size with a CAM grid of at least 4 x 4, by the least change that does.
+
+    In this order: none; a smaller patch (networks that can be resized, ViT and Swin); a stride of 1 in the last
+    reduction, then in the last two, and so on (all that comes before stays as it was); an earlier CAM layer.
+    """
+    reasons: list[str] = []
+
+    def attempt(change: Any = None) -> Cam | None:
+        try:
+            if change is not None:
+                change()
+            cam = find_cam(network, size)
+            with torch.no_grad():
+                network(torch.zeros(1, 3, size, size))  # the head, too, must take it
+        except Exception as error:  # a network refuses a size in any way it likes; the reason is reported below
+            reasons.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            return None
+        return cam
+
+    if hasattr(network, "set_input_size"):
+        native = network.patch_embed.patch_size[0] if hasattr(network, "patch_embed") else None
+        for patch in _patches(native, size):
+            keywords = {} if patch == native else {"patch_size": (patch, patch)}
+            cam = attempt(lambda keywords=keywords: network.set_input_size(img_size=(size, size), **keywords))
+            if cam and min(cam.grid) >= MIN_GRID:
+                return (() if patch == native else (f"patch size {native} -> {patch}",)), cam
+    else:
+        cam = attempt()
+        if cam and min(cam.grid) >= MIN_GRID:
+            return (), cam
+        changes: list[str] = []
+        for level in reversed(_reductions(network)):
+            changes += [_unstride(network, module) for module in level]
+            cam = attempt()
+            if cam and min(cam.grid) >= MIN_GRID:
+                return tuple(changes), cam
+        raise _too_small(name, size, reasons)
+    cam = _earlier_cam(network, size)
+    if cam is None:
+        raise _too_small(name, size, reasons)
+    return (f"CAM layer {cam.layer}, the last with a grid of {MIN_GRID}x{MIN_GRID} or more",), cam
+
+
+def _too_small(name: str, size: int, reasons: list[str]) -> ParameterError:
+    why = f" ({reasons[-1]})" if reasons else ""
+    return ParameterError("image_size", size, f"{name} gives no CAM grid of {MIN_GRID}x{MIN_GRID} or more at this size{why}; allowed is a larger one")
+
+
+def _patches(native: int | None, size: int) -> list[int | None]:
+    if native is None:
+        return [None]
+    return [p for p in range(native, 0, -1) if size % p == 0 and size // p >= MIN_GRID]
+
+
+def _reductions(network: nn.Module, size: int = 256) -> list[list[str]]:
+    """Names of strided modules, grouped by the resolution they reduce, in the order of the forward pass.
+
+    The branches of a residual block reduce the same resolution, so they are changed together.
+    """
+    levels: dict[int, list[str]] = {}
+    handles = []
+
+    def watch(name: str):
+        def hook(_module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-1] < inputs[0].shape[-1]:
+                names = levels.setdefault(inputs[0].shape[-1], [])
+                if name not in names:
+                    names.append(name)
+
+        return hook
+
+    for name, module in network.named_modules():
+        if _stride(module) > 1 and not any(True for _ in module.children()):
+            handles.append(module.register_forward_hook(watch(name)))
+    try:
+        with torch.no_grad():
+            network.forward_features(torch.zeros(1, 3, size, size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [levels[resolution] for resolution in sorted(levels, reverse=True)]
+
+
+def _stride(module: nn.Module) -> int:
+    stride = getattr(module, "stride", 1)
+    stride = stride[0] if isinstance(stride, (tuple, list)) else stride
+    return stride if isinstance(stride, int) else 1
+
+
+def _unstride(network: nn.Module, name: str) -> str:
+    """Set a module's stride to 1 such that it keeps the resolution; weights keep their shapes."""
+    module = network.get_submodule(name)
+    before = _stride(module)
+    if isinstance(module, nn.Conv2d):
+        module.stride = (1, 1)
+        if module.padding == (0, 0) and module.kernel_size[0] > 1:
+            module.padding = "same"  # patches side by side have no padding of their own
+    elif getattr(module, "kernel_size", None) in (before, (before, before)):
+        # a pool over tiles: without its stride there is nothing left to pool
+        tile = isinstance(module.kernel_size, tuple)
+        module.kernel_size, module.stride = ((1, 1), (1, 1)) if tile else (1, 1)
+    else:
+        module.stride = (1, 1) if isinstance(module.stride, (tuple, list)) else 1
+    return f"stride of {name} {before} -> 1"
+
+
+def _earlier_cam(network: nn.Module, size: int) -> Cam | None:
+    """The last feature level whose grid is large enough; the network itself stays as it is."""
+    layers = [info["module"] for info in getattr(network, "feature_info", [])]
+    try:
+        outputs = _outputs(network, layers, size)
+    except Exception:  # the reason has been noted by the attempts before
+        return None
+    for layer in reversed(layers):
+        if layer in outputs:
+            cam = _cam(network, layer, outputs[layer])
+            if min(cam.grid) >= MIN_GRID:
+                return replace(cam)
+    return None

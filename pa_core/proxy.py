@@ -1,0 +1,273 @@
+"""The proxy step: score -> select -> attribute -> mask -> overlay.
+
+Proxies lie in the run directory and are keyed by position in the training part. The training images themselves
+are only ever read.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from pa_core import attribution, masking, selection
+from pa_core.data import Part
+from pa_core.params import Experiment, derived_seed
+from pa_core.train import autocast, evaluate
+
+CHUNK = 64
+"""Images explained at once. Part of the definition of ``shuffled``, which deals maps out within a chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What one proxy step did.
+
+    Attributes:
+        step: 1, 2, ... in the schedule.
+        epoch: epochs trained before it.
+        asked: images that ``fraction`` asked for; images: those that qualified.
+        masked_share: mean share of masked pixels per proxy, [0, 1].
+        unchanged: proxies equal to their original.
+        seconds: the whole step; scoring_seconds: the scoring pass alone.
+    """
+
+    step: int
+    epoch: int
+    asked: int
+    images: int
+    masked_share: float
+    unchanged: int
+    seconds: float
+    scoring_seconds: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proxies:
+    """A batch of proxies beside what they were made from; all on the CPU.
+
+    Attributes:
+        originals, images: uint8 [n, 3, S, S].
+        maps: float32 [n, S, S] in [0, 1].
+        mask: bool [n, S, S].
+    """
+
+    originals: Tensor
+    maps: Tensor
+    mask: Tensor
+    images: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class Overlay:
+    """The training part with proxies in the place of their originals, or beside them.
+
+    Args:
+        base: the training part.
+        mode: ``replace``, or ``append``: the proxies follow as positions N, N + 1, ...
+        steps: directories of proxy steps, the earliest first; where two have a proxy of one image,
+            ``replace`` takes the later one.
+    """
+
+    def __init__(self, base: Part, *, mode: str, steps: list[Path]):
+        self.base, self.mode = base, mode
+        self._images = [np.load(step / "images.npy", mmap_mode="r") for step in steps]
+        positions = [torch.from_numpy(np.load(step / "positions.npy")) for step in steps]
+        self._starts = np.cumsum([0, *(len(p) for p in positions)])
+        self.positions = torch.cat([torch.zeros(0, dtype=torch.long), *positions])
+        # slot[i]: which proxy is read at position i, -1 for an image as it is
+        n = len(base)
+        self.slot = torch.full((n,), -1)
+        if mode == "replace":
+            self.slot[self.positions] = torch.arange(len(self.positions))
+            self.labels = base.labels
+        else:
+            self.slot = torch.cat([self.slot, torch.arange(len(self.positions))])
+            self.labels = torch.cat([base.labels, base.labels[self.positions]])
+
+    def __len__(self) -> int:
+        return len(self.slot)
+
+    def read(self, index: Tensor) -> Tensor:
+        """[n] positions -> uint8 [n, 3, S, S], in the order asked."""
+        slot = self.slot[index]
+        proxy = slot >= 0
+        images = self.base.read(index[~proxy])
+        if not proxy.any():
+            return images
+        result = images.new_empty((len(index), *images.shape[1:]))
+        result[~proxy] = images
+        result[proxy] = self._read_proxies(slot[proxy])
+        return result
+
+    def _read_proxies(self, rows: Tensor) -> Tensor:
+        step = np.searchsorted(self._starts, rows.numpy(), side="right") - 1
+        picked = [self._images[s][r - self._starts[s]] for s, r in zip(step, rows.numpy(), strict=True)]
+        return torch.from_numpy(np.stack(picked))
+
+
+def make_proxies(
+    model: nn.Module,
+    part: Part,
+    experiment: Experiment,
+    *,
+    positions: Tensor,
+    targets: Tensor,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Proxies:
+    """Explain and mask some training images, as the parameters say.
+
+    Args:
+        positions: [n] in ``part``.
+        targets: [n] int64, the classes to explain.
+    """
+    e = experiment
+    originals = part.read(positions)
+    images = masking.to_float(originals.to(device))
+    if e.fill == "none":  # a control without any mask: nothing to explain
+        maps = images.new_zeros((len(images), *images.shape[-2:]))
+        mask = maps.bool()
+    else:
+        with autocast(device, dtype):
+            maps = attribution.heatmaps(
+                model,
+                images,
+                method=e.xai,
+                target=targets.to(device),
+                smooth=e.smooth,
+                ids=[part.ids[i] for i in positions.tolist()],
+                seed=e.seed,
+            )
+        mask = masking.region(maps, mask_region=e.mask_region, threshold_mode=e.threshold_mode, threshold=e.threshold)
+    changed = masking.apply(images, maps, mask, fill=e.fill, weight=e.weight, mask_region=e.mask_region)
+    return Proxies(originals=originals, maps=maps.cpu(), mask=mask.cpu(), images=masking.to_uint8(changed).cpu())
+
+
+def choose(
+    model: nn.Module, part: Part, experiment: Experiment, *, step: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, selection.Scores]:
+    """Score all training images and select some.
+
+    Returns:
+        positions [K], the first choice first; targets [K], the classes to explain; the scores of all images.
+    """
+    scores = selection.score(evaluate(model, part, device=device, dtype=dtype).logits, part.labels)
+    seed = derived_seed(experiment.seed, "proxy step", step)
+    positions = selection.select(scores, by=experiment.select, fraction=experiment.fraction, seed=seed)
+    explained = scores.predicted if experiment.xai_target == "predicted" else scores.labels
+    return positions, explained[positions], scores
+
+
+def proxy_step(
+    model: nn.Module,
+    part: Part,
+    experiment: Experiment,
+    *,
+    step: int,
+    epoch: int,
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    show: Callable[[Proxies], None] | None = None,
+) -> Record:
+    """Make the proxies of one step and store them in ``directory``, which appears whole or not at all.
+
+    Args:
+        show: called with the first chunk, for TensorBoard.
+    """
+    started = time.perf_counter()
+    building = directory.with_name(directory.name + ".part")
+    for leftover in (building, directory):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=False) if leftover.exists() else None
+    building.mkdir(parents=True)
+    positions, targets, scores = choose(model, part, experiment, step=step, device=device, dtype=dtype)
+    scoring_seconds = time.perf_counter() - started
+    tally = _Tally()
+    with _Images(building / "images.npy", count=len(positions), like=part) as images:
+        for at in _chunks(len(positions)):
+            made = make_proxies(
+                model, part, experiment, positions=positions[at], targets=targets[at], device=device, dtype=dtype
+            )
+            images.write(at, made.images)
+            tally.add(made)
+            if show is not None and int(at[0]) == 0:
+                show(made)
+    np.save(building / "positions.npy", positions.numpy())
+    tally.table(part, positions, targets, scores).to_csv(building / "proxies.csv", index=False)
+    building.rename(directory)
+    asked = len(part) if experiment.select == "all" else selection.count(len(part), experiment.fraction)
+    return Record(
+        step=step,
+        epoch=epoch,
+        asked=asked,
+        images=len(positions),
+        masked_share=tally.masked_share(),
+        unchanged=sum(tally.unchanged),
+        seconds=time.perf_counter() - started,
+        scoring_seconds=scoring_seconds,
+    )
+
+
+def _chunks(n: int) -> tuple[Tensor, ...]:
+    """Equal chunks of at most CHUNK positions: none is left with one image, which `shuffled` could not serve."""
+    return torch.arange(n).tensor_split(-(-n // CHUNK)) if n else ()
+
+
+@dataclass
+class _Tally:
+    shares: list[float] = field(default_factory=list)
+    unchanged: list[bool] = field(default_factory=list)
+
+    def add(self, made: Proxies) -> None:
+        self.shares += made.mask.flatten(1).float().mean(1).tolist()
+        self.unchanged += (made.images == made.originals).flatten(1).all(1).tolist()
+
+    def masked_share(self) -> float:
+        return float(np.mean(self.shares)) if self.shares else 0.0
+
+    def table(self, part: Part, positions: Tensor, targets: Tensor, scores: selection.Scores) -> pd.DataFrame:
+        rows = positions.tolist()
+        return pd.DataFrame(
+            {
+                "id": [part.ids[i] for i in rows],
+                "label": part.labels[positions].numpy(),
+                "predicted": scores.predicted[positions].numpy(),
+                "explained": targets.numpy(),
+                "loss": scores.loss[positions].numpy(),
+                "masked_share": self.shares,
+                "unchanged": self.unchanged,
+            }
+        )
+
+
+class _Images:
+    """A .npy file written in pieces, so that memory does not grow with the number of proxies."""
+
+    def __init__(self, path: Path, *, count: int, like: Part):
+        shape = like.read(torch.zeros(0, dtype=torch.long)).shape[1:]
+        self.file = open(path, "wb")
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def __enter__(self) -> _Images:
+        return self
+
+    def write(self, at: Tensor, images: Tensor) -> None:
+        """Chunks come in order, so the next one follows the last."""
+        self.file.write(images.contiguous().numpy().tobytes())
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()

@@ -1,0 +1,77 @@
+"""Scores -> which training images become proxies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pa_core.params import ParameterError, derived_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """One forward pass over the training images, in eval mode without augmentation. All [N], on the CPU.
+
+    Attributes:
+        loss: cross-entropy, nats.
+        margin: logit of the label minus the highest other logit; negative when wrong.
+        entropy: of the predicted distribution, nats.
+        predicted: int64.
+        labels: int64.
+    """
+
+    loss: Tensor
+    margin: Tensor
+    entropy: Tensor
+    predicted: Tensor
+    labels: Tensor
+
+
+def score(logits: Tensor, labels: Tensor) -> Scores:
+    """Scores of a batch: logits [N, C] float, labels [N] int64."""
+    logits = logits.float()
+    log_p = logits.log_softmax(1)
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
+    return Scores(
+        loss=F.nll_loss(log_p, labels, reduction="none"),
+        margin=own - others,
+        entropy=-(log_p.exp() * log_p).sum(1),
+        predicted=logits.argmax(1),
+        labels=labels,
+    )
+
+
+def count(n: int, fraction: float) -> int:
+    """How many of ``n`` images a fraction asks for: rounded, at least one."""
+    return max(1, round(fraction * n))
+
+
+def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor:
+    """Positions of the selected images, the first choice first; equal scores in the order of the images.
+
+    Args:
+        by: ``misclassified`` (the wrong ones, highest loss first; fewer when fewer are wrong), ``loss`` (highest),
+            ``margin`` (lowest), ``entropy`` (highest), ``random``, ``easiest`` (lowest loss), ``all``.
+        fraction: of the N images, (0, 1].
+        seed: of ``random``.
+
+    Returns:
+        int64 [K], K <= max(1, round(fraction * N)); N for ``all``.
+    """
+    n = len(scores.loss)
+    if by == "all":
+        return torch.arange(n)
+    if by == "random":
+        generator = torch.Generator().manual_seed(derived_seed(seed, "select"))
+        return torch.randperm(n, generator=generator)[: count(n, fraction)]
+    keys = {"loss": -scores.loss, "misclassified": -scores.loss, "margin": scores.margin, "entropy": -scores.entropy, "easiest": scores.loss}
+    if by not in keys:
+        raise ParameterError("select", by, f"allowed is one of {', '.join(keys)}, random, all")
+    order = keys[by].argsort(stable=True)
+    if by == "misclassified":
+        order = order[scores.predicted[order] != scores.labels[order]]
+    return order[: count(n, fraction)]

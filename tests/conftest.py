@@ -1,0 +1,32 @@
+"""What pytest needs to know beyond pyproject.toml: where CUDA is missing, and how many notebook cells ran."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return  # and torch need not be loaded to find out
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Counts the cells that nbval ran; the last line adds them to the tests."""
+    cells = [
+        (report.nodeid.split("::")[0], outcome)
+        for outcome, reports in terminalreporter.stats.items()
+        for report in reports
+        if outcome and ".ipynb::" in getattr(report, "nodeid", "")
+    ]
+    if cells:
+        notebooks = len({notebook for notebook, _ in cells})
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in Counter(o for _, o in cells).items())
+        terminalreporter.write_line(f"nbval: {len(cells)} cells of {notebooks} notebooks: {counts}")

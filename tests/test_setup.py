@@ -1,0 +1,154 @@
+"""The files around the package: they agree with one another, and the package stays a chain."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONS = ("3.11.0", "3.11.9", "3.12.0", "3.13.0")
+PLATFORMS = ("linux", "darwin", "win32")
+CHAIN = (
+    "schedule params data models attribution masking selection metrics runs train proxy experiment results "
+    "figures sweep"
+).split()
+
+
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def declared() -> list[Requirement]:
+    """What pyproject.toml asks for: to run, to test, and to build."""
+    document = pyproject()
+    texts = document["project"]["dependencies"] + document["project"]["optional-dependencies"]["test"]
+    return [Requirement(text) for text in texts + document["build-system"]["requires"]]
+
+
+def pins() -> list[Requirement]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def applies(pin: Requirement, python: str, platform: str) -> bool:
+    environment = {
+        "python_full_version": python,
+        "python_version": python.rpartition(".")[0],
+        "sys_platform": platform,
+        "os_name": "nt" if platform == "win32" else "posix",
+    }
+    return pin.marker is None or pin.marker.evaluate(environment)
+
+
+def test_every_requirement_is_pinned_to_one_version():
+    assert len(pins()) > 100
+    for pin in pins():
+        assert [clause.operator for clause in pin.specifier] == ["=="], str(pin)
+        assert "*" not in str(pin.specifier) and pin.url is None, str(pin)
+
+
+def test_requirements_name_no_address_and_no_option():
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert "://" not in line and not re.search(r"(^|\s)/\w|[A-Z]:\\", line), line
+        assert line.lstrip().startswith("#") or not line.startswith("-"), line  # --index-url and the like
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("python", PYTHONS)
+def test_each_dependency_has_one_pin_within_its_range(python, platform):
+    here = [pin for pin in pins() if applies(pin, python, platform)]
+    names = [canonicalize_name(pin.name) for pin in here]
+    assert len(names) == len(set(names)), "a package pinned twice"
+    versions = {name: str(next(iter(pin.specifier)).version) for name, pin in zip(names, here, strict=True)}
+    for wanted in declared():
+        version = versions.get(canonicalize_name(wanted.name))
+        assert version is not None, f"{wanted} is not in requirements.txt"
+        assert wanted.specifier.contains(version), f"{wanted} against the pin {version}"
+
+
+def test_python_range_is_the_one_of_the_makefile():
+    supported = SpecifierSet(pyproject()["project"]["requires-python"])
+    assert [minor for minor in range(8, 20) if f"3.{minor}.0" in supported] == [11, 12, 13]
+    assert "(3, 11) <= sys.version_info[:2] <= (3, 13)" in (ROOT / "Makefile").read_text()
+
+
+def test_ci_runs_make_test():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().rstrip().endswith("exec make test")
+
+
+def test_conda_environment_is_requirements_txt():
+    document = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = [entry for entry in document["dependencies"] if isinstance(entry, str)]
+    (pip,) = [entry["pip"] for entry in document["dependencies"] if isinstance(entry, dict)]
+    assert pip == ["-r requirements.txt", "-e ."]
+    assert conda == ["python=3.12", "pip"]
+
+
+def test_citation_cites_the_predecessor_and_names_this_version():
+    import pa_core
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert Version(citation["version"]) == Version(pa_core.__version__)
+    assert citation["license"] == pyproject()["project"]["license"] == "MIT"
+    (thesis,) = citation["references"]
+    assert (thesis["type"], thesis["title"], thesis["year"]) == ("thesis", "Proxy Attention", 2023)
+    assert thesis["authors"] == [{"family-names": "Mukherjee", "given-names": "S."}]
+    assert thesis["institution"]["name"] == "University of Groningen"
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of pa_core that a file of pa_core imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ["pa_core" if node.level else "", node.module]))
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "pa_core" else [module]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("pa_core.")}
+    return found
+
+
+def test_imported_sees_every_form(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import pa_core.data\nimport torch\nfrom pa_core import models as m, runs\n"
+        "from pa_core.params import Experiment\nfrom . import masking\n"
+        "def f():\n    from .metrics import ece\n"
+    )
+    assert imported(path) == {"data", "models", "runs", "params", "masking", "metrics"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pa_core").glob("*.py")), ids=lambda path: path.stem)
+def test_a_module_imports_only_modules_above_it(path):
+    if path.stem == "__init__":
+        assert imported(path) == set()
+        return
+    assert path.stem in CHAIN, "a module that the chain does not know"
+    above = set(CHAIN[: CHAIN.index(path.stem)])
+    assert imported(path) <= above, f"{path.stem} imports {sorted(imported(path) - above)}, which stand below it"
+
+
+@pytest.mark.parametrize("module", ["pa_core", "pa_core.schedule", "pa_core.params"])
+def test_parameters_are_read_without_loading_torch_or_numpy(module):
+    code = f"import sys, {module}; print(*{{'torch', 'numpy', 'timm', 'pandas'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "", f"{module} loads {done.stdout}"
