@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pa_core import attribution, data, metrics, models, runs, schedule, train
+from pa_core import attribution, data, metrics, models, runs, schedule, selection, train
 from pa_core.masking import to_float
 from pa_core.params import Experiment, ParameterError, derived_seed, runs_home
-from pa_core.proxy import Overlay, Proxies, Record, choose, make_proxies, proxy_step
+from pa_core.proxy import Overlay, Proxies, Record, choose, examples, make_proxies, proxy_step
 from pa_core.runs import Run, RunError
 
 Log = Callable[[str], None]
@@ -104,11 +104,12 @@ def find(experiment: Experiment, prepared: Prepared | None = None) -> Run | None
     return run if run.finished else None
 
 
-def run(experiment: Experiment, *, rerun: bool = False, log: Log = say) -> Run:
+def run(experiment: Experiment, *, rerun: bool = False, until_step: int | None = None, log: Log = say) -> Run:
     """Train as the schedule says, or continue where a run with the same identity stopped, or return it if it is finished.
 
     Args:
         rerun: make a finished run anew beside the old one.
+        until_step: pause after this proxy step (1 is the first), to look at its proxies; call again to go on.
         log: receives a line per epoch and proxy step.
 
     Raises:
@@ -126,8 +127,10 @@ def run(experiment: Experiment, *, rerun: bool = False, log: Log = say) -> Run:
             return Run(path)
         walk = _begin(prepared, path, log)
         try:
-            _walk(walk)
-            _finish(walk)
+            if _walk(walk, until_step):
+                _finish(walk)
+            else:
+                runs.update_manifest(path, status=runs.PAUSED)
         except BaseException as error:  # noted in the manifest, then raised on
             kind = runs.INTERRUPTED if isinstance(error, KeyboardInterrupt) else runs.FAILED
             runs.update_manifest(path, status=kind, error=f"{type(error).__name__}: {error}")
@@ -257,42 +260,52 @@ def _new_manifest(prepared: Prepared, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _walk(walk: _Walk) -> None:
-    """The epochs that are left, each with the proxy step that may stand before it."""
-    e = walk.experiment
-    plan = schedule.stages(e.schedule)
-    e_total, source = len(plan), walk.overlay()
-    for stage, proxy_first in plan[walk.state.epoch :]:
-        if proxy_first:
+def _walk(walk: _Walk, until_step: int | None) -> bool:
+    """The epochs that are left, each with the proxy step that may stand before it; False when paused before the end."""
+    plan, source = schedule.stages(walk.experiment.schedule), walk.overlay()
+    for epoch, (stage, _) in enumerate(plan):
+        if epoch < walk.state.epoch:
+            continue
+        if len(walk.records) < sum(proxy_first for _, proxy_first in plan[: epoch + 1]):
             _make_step(walk)
+            runs.save_checkpoint(walk.path, _checkpoint(walk, stage))
             source = walk.overlay()
-        trained = train.train_one_epoch(
-            walk.state,
-            source,
-            draws=len(walk.prepared.dataset.train),
-            batch_size=walk.batch_size,
-            kinds=e.augment,
-            label_smoothing=e.label_smoothing,
-            seed=e.seed,
-        )
-        checked = _evaluate(walk, walk.prepared.dataset.val)
-        row = {
-            "epoch": walk.state.epoch,
-            "stage": stage,
-            "train_loss": trained["train_loss"],
-            "train_accuracy": trained["train_accuracy"],
-            "val_loss": checked.loss,
-            "val_accuracy": checked.accuracy,
-            "lr": trained["lr"],
-            "images_per_second": trained["images_per_second"],
-            "seconds": trained["seconds"],
-        }
+        if until_step is not None and len(walk.records) >= until_step:
+            return False
+        row = _epoch(walk, source, stage)
         runs.append_metrics(walk.path, row)
         runs.save_checkpoint(walk.path, _checkpoint(walk, stage))
         for name, value in row.items():
             if name not in ("epoch", "stage"):
                 walk.board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-        walk.log(_line(row, e_total))
+        walk.log(_line(row, len(plan)))
+    return True
+
+
+def _epoch(walk: _Walk, source: train.Source, stage: int) -> dict[str, Any]:
+    """Train and validate once: a line of metrics.jsonl."""
+    e, dataset = walk.experiment, walk.prepared.dataset
+    trained = train.train_one_epoch(
+        walk.state,
+        source,
+        draws=len(dataset.train),
+        batch_size=walk.batch_size,
+        kinds=e.augment,
+        label_smoothing=e.label_smoothing,
+        seed=e.seed,
+    )
+    checked = _evaluate(walk, dataset.val)
+    return {
+        "epoch": walk.state.epoch,
+        "stage": stage,
+        "train_loss": trained["train_loss"],
+        "train_accuracy": trained["train_accuracy"],
+        "val_loss": checked.loss,
+        "val_accuracy": checked.accuracy,
+        "lr": trained["lr"],
+        "images_per_second": trained["images_per_second"],
+        "seconds": trained["seconds"],
+    }
 
 
 def _checkpoint(walk: _Walk, stage: int) -> dict[str, Any]:
@@ -346,8 +359,9 @@ def _finish(walk: _Walk) -> None:
     """Read the test images, once, and write the results; the checkpoint shrinks to the weights."""
     path, e, dataset = walk.path, walk.experiment, walk.prepared.dataset
     tested = _evaluate(walk, dataset.test)
-    runs.write_csv(path / "predictions.csv", predictions(tested.logits, dataset.test, dataset.classes))
-    runs.write_csv(path / "classes.csv", metrics.per_class(dataset.test.labels, tested.logits.argmax(1), dataset.classes))
+    table = predictions(tested.logits, dataset.test, dataset.classes)
+    runs.write_csv(path / "predictions.csv", table)
+    runs.write_csv(path / "classes.csv", metrics.per_class(table["label"], table["predicted"], dataset.classes))
     runs.save_weights(path, walk.state.model.network)
     summary = _summary(walk, tested)
     runs.write_json(path / "summary.json", summary)
@@ -395,16 +409,76 @@ def _summary(walk: _Walk, tested: train.Evaluation) -> dict[str, Any]:
     }
 
 
-# For notebooks
+# Looking at runs, for notebooks
 
 
-def first_proxies(experiment: Experiment, model: models.Classifier, dataset: data.Dataset, *, count: int = SHOWN) -> Proxies:
-    """What the first proxy step would make of its first ``count`` choices with this model; nothing is stored.
+@dataclass(frozen=True, kw_only=True)
+class Reopened:
+    """A run with its data and its network."""
 
-    ``shuffled`` deals maps out among the images shown, which are not those of the whole step.
+    experiment: Experiment
+    dataset: data.Dataset
+    model: models.Classifier
+
+    def worst(self, *, count: int = 16) -> tuple[Tensor, selection.Scores]:
+        """Positions of the first ``count`` training images that a proxy step would choose now, and all scores."""
+        positions, _, scores = self._choose()
+        return positions[:count], scores
+
+    def proxies(self, *, count: int = SHOWN) -> Proxies:
+        """What a proxy step would make of its first ``count`` choices now; nothing is stored.
+
+        ``shuffled`` deals maps out among the images shown, which are not those of the whole step.
+        """
+        positions, targets, _ = self._choose()
+        return make_proxies(
+            self.model,
+            self.dataset.train,
+            self.experiment,
+            positions=positions[:count],
+            targets=targets[:count],
+            device=next(self.model.parameters()).device,
+        )
+
+    def _choose(self) -> tuple[Tensor, Tensor, selection.Scores]:
+        device = next(self.model.parameters()).device
+        return choose(self.model, self.dataset.train, self.experiment, step=1, device=device, dtype=torch.float32)
+
+
+def reopen(run: Run, *, device: str = "auto") -> Reopened:
+    """Load a finished run's data and trained network.
+
+    Raises:
+        RunError: the data are not what the run was trained on, or the run has no weights.
     """
-    device = next(model.parameters()).device
-    positions, targets, _ = choose(model, dataset.train, experiment, step=1, device=device, dtype=torch.float32)
-    return make_proxies(
-        model, dataset.train, experiment, positions=positions[:count], targets=targets[:count], device=device
-    )
+    dataset = load_data(run.experiment)
+    if dataset.split_digest != run.manifest["split_digest"]:
+        raise RunError(f"{run.path} was trained on other data than {run.experiment.dataset} holds now")
+    return Reopened(experiment=run.experiment, dataset=dataset, model=run.model(train.resolve_device(device)))
+
+
+def stored_proxies(run: Run, dataset: data.Dataset, *, step: int = 1, count: int = SHOWN) -> tuple[Proxies | None, list[str]]:
+    """The first proxies of a step as they were made and trained on, and a title for each; None when there was no such step."""
+    folder = run.path / "proxies" / f"step_{step}"
+    if not folder.is_dir():
+        return None, []
+    made, _ = examples(folder, dataset.train, count=count)
+    rows, names = run.proxies(step).head(len(made)), dataset.classes
+    seen = zip(rows["label"], rows["predicted"], strict=True)
+    return made, [f"{names[label]}\n→ {names[guess]}" for label, guess in seen]
+
+
+def plain_command(experiment: Experiment) -> str:
+    """The command that makes the plain run of equal length."""
+    options = " ".join(f"-p {name} {value}" for name, value in experiment.plain().to_dict().items() if _given(name, value))
+    return f"papermill notebooks/02_training.ipynb runs/notebooks/02_training.ipynb {options}"
+
+
+def _given(name: str, value: Any) -> bool:
+    return value != getattr(Experiment(), name)
+
+
+def side_by_side(named: dict[str, Run]) -> pd.DataFrame:
+    """A column per run: accuracies, and what the proxies cost."""
+    rows = ["val_accuracy", "test_accuracy", "test_loss", "n_test", "epochs", "proxy_images", "masked_share", "proxy_seconds", "train_seconds"]
+    return pd.DataFrame({name: pd.Series(run.summary)[rows] for name, run in named.items()}).round(4)

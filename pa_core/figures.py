@@ -21,8 +21,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from pa_core import masking, runs
-from pa_core.data import Dataset, Part
-from pa_core.params import home
+from pa_core.data import Dataset, Part, augment
+from pa_core.params import derived_seed, home
 from pa_core.proxy import Proxies
 from pa_core.runs import Run
 
@@ -42,12 +42,17 @@ STYLE = {
 }
 
 
+styled = matplotlib.rc_context(STYLE)
+"""Decorator: text and axes get the style that holds when they are made."""
+
+
 def figures_home(figures_dir: str = "figures/quick") -> Path:
     """Where figures go. The default lies in the repository, whatever the working directory; others are taken from there."""
     path = Path(figures_dir).expanduser()
     return home() / path if figures_dir == "figures/quick" else path.absolute()
 
 
+@styled
 def save(
     figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run] = (), figures_dir: str = "figures/quick"
 ) -> Path:
@@ -58,9 +63,8 @@ def save(
     """
     folder = figures_home(figures_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     table.to_csv(folder / f"{name}.csv", index=False)
     provenance = {
         "figure": name,
@@ -74,16 +78,24 @@ def save(
     return folder / f"{name}.png"
 
 
+def saved(figures_dir: str = "figures/quick") -> pd.DataFrame:
+    """The figures in a folder: name, number of rows behind it, when it was made."""
+    rows = []
+    for file in sorted(figures_home(figures_dir).glob("*.json")):
+        content = json.loads(file.read_text())
+        lines = len(pd.read_csv(file.with_suffix(".csv")))
+        rows.append({"figure": content["figure"], "rows": lines, "runs": len(content["runs"]), "made": content["made"]})
+    return pd.DataFrame(rows, columns=["figure", "rows", "runs", "made"])
+
+
 def _origin(run: Run) -> dict[str, Any]:
     manifest = run.manifest
     return {"run": run.path.name} | {k: manifest.get(k) for k in ("digest", "code_version", "status")}
 
 
 def _new(rows: int, columns: int, *, width: float, height: float, **keywords: Any) -> tuple[Figure, np.ndarray]:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False, **keywords)
-    return figure, axes
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **keywords)
 
 
 def _picture(ax: Axes, image: Tensor, title: str = "") -> None:
@@ -107,6 +119,7 @@ def _short(text: str, length: int = 16) -> str:
 # 01: data
 
 
+@styled
 def samples(dataset: Dataset, *, per_class: int = 8, most_classes: int = 10) -> tuple[Figure, pd.DataFrame]:
     """The first training images of each class (of the first ``most_classes``), a row per class."""
     part, rows = dataset.train, []
@@ -132,6 +145,7 @@ def balance_table(dataset: Dataset) -> pd.DataFrame:
     return pd.DataFrame({"class": list(dataset.classes), **counts})
 
 
+@styled
 def class_balance(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
     """Images per class and part, stacked; many classes are sorted by size and drawn without names."""
     table = balance_table(dataset)
@@ -153,9 +167,29 @@ def class_balance(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
     return figure, table
 
 
+@styled
+def augmented(dataset: Dataset, kinds: str, *, columns: int = 10, draws: int = 3, seed: int = 0) -> tuple[Figure, pd.DataFrame]:
+    """The first training images as they are, and below them some draws of the augmentation."""
+    originals = dataset.train.read(torch.arange(min(columns, len(dataset.train))))
+    generator = torch.Generator().manual_seed(derived_seed(seed, "shown"))
+    rows = [originals, *(augment(originals, kinds=kinds, generator=generator) for _ in range(draws))]
+    figure, axes = _new(draws + 1, len(originals), width=0.9 * len(originals) + 0.8, height=0.95 * (draws + 1))
+    for i, images in enumerate(rows):
+        for k, image in enumerate(images):
+            _picture(axes[i, k], image)
+        axes[i, 0].set_ylabel("original" if i == 0 else f"draw {i}")
+    table = [
+        {"id": dataset.train.ids[k], "draw": i, "kinds": kinds, "changed_pixels": float((a[k] != originals[k]).any(0).float().mean())}
+        for i, a in enumerate(rows[1:], 1)
+        for k in range(len(originals))
+    ]
+    return figure, pd.DataFrame(table)
+
+
 # 02, 03: training
 
 
+@styled
 def curves(named: Mapping[str, Run]) -> tuple[Figure, pd.DataFrame]:
     """Loss, accuracy and learning rate by epoch; a colour per run, dashed for training; grey lines at proxy steps."""
     table = pd.concat([run.metrics.assign(run=name) for name, run in named.items()], ignore_index=True)
@@ -170,9 +204,9 @@ def curves(named: Mapping[str, Run]) -> tuple[Figure, pd.DataFrame]:
         for epoch in m["epoch"][m["stage"].diff() > 0]:
             for ax in (loss, accuracy, rate):
                 ax.axvline(epoch - 0.5, color=GREY, lw=0.8, ls=":")
-    loss.set(title="loss (nats): validation –, training - -", xlabel="epoch")
-    accuracy.set(title="accuracy: validation –, training - -", xlabel="epoch")
-    rate.set(title="learning rate at the end of the epoch", xlabel="epoch")
+    loss.set(title="loss (nats), training dashed", xlabel="epoch")
+    accuracy.set(title="accuracy, training dashed", xlabel="epoch")
+    rate.set(title="learning rate, end of epoch", xlabel="epoch")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for ax in (loss, accuracy, rate):
@@ -181,6 +215,7 @@ def curves(named: Mapping[str, Run]) -> tuple[Figure, pd.DataFrame]:
     return figure, table
 
 
+@styled
 def worst(part: Part, scores: Any, positions: Tensor, classes: Sequence[str], *, columns: int = 8) -> tuple[Figure, pd.DataFrame]:
     """Images with what they are, what they were taken for, and the loss."""
     count = len(positions)
@@ -203,14 +238,26 @@ def worst(part: Part, scores: Any, positions: Tensor, classes: Sequence[str], *,
     return figure, table
 
 
-def proxies(made: Proxies, titles: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
+def _nothing(text: str) -> Figure:
+    """An empty figure that says why."""
+    figure, ((ax,),) = _new(1, 1, width=6, height=1.2)
+    ax.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=ax.transAxes)
+    _bare(ax)
+    return figure
+
+
+@styled
+def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
     """A column per image: original, heatmap over it, what is masked, proxy."""
+    if made is None or len(made) == 0:
+        text = "the schedule has no proxy step" if made is None else "the step selected no image"
+        return _nothing(text), pd.DataFrame(columns=["image", "masked_share", "changed_share"])
     n = len(made)
     names = ("original", "heatmap", "masked", "proxy")
     figure, axes = _new(4, n, width=1.2 * n + 0.8, height=5.2)
     grey = made.originals.float().mean(1)
     for k in range(n):
-        _picture(axes[0, k], made.originals[k], _short(titles[k], 14) if k < len(titles) else "")
+        _picture(axes[0, k], made.originals[k], titles[k] if k < len(titles) else "")
         axes[1, k].imshow(grey[k].numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes[1, k].imshow(made.maps[k].numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
         axes[2, k].imshow(made.mask[k].numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -221,12 +268,13 @@ def proxies(made: Proxies, titles: Sequence[str] = ()) -> tuple[Figure, pd.DataF
         axes[row, 0].set_ylabel(name)
     share = made.mask.flatten(1).float().mean(1).numpy()
     changed = (made.images != made.originals).any(1).flatten(1).float().mean(1).numpy()
-    return figure, pd.DataFrame({"image": list(titles) or list(range(n)), "masked_share": share, "changed_share": changed})
+    return figure, pd.DataFrame({"image": [t.replace("\n", " ") for t in titles] or list(range(n)), "masked_share": share, "changed_share": changed})
 
 
 # 04: galleries
 
 
+@styled
 def fills(originals: Tensor, maps: Tensor, mask: Tensor, *, names: Sequence[str] = masking.FILLS, weight: float = 1.0) -> tuple[Figure, pd.DataFrame]:
     """A row per image, a column per fill; the same heatmap and mask throughout. uint8 [n, 3, S, S]."""
     images, rows = masking.to_float(originals), []
@@ -242,6 +290,7 @@ def fills(originals: Tensor, maps: Tensor, mask: Tensor, *, names: Sequence[str]
     return figure, pd.DataFrame(rows)
 
 
+@styled
 def threshold_by_weight(
     original: Tensor,
     heatmap: Tensor,
@@ -268,8 +317,11 @@ def threshold_by_weight(
 # 04: results
 
 
+@styled
 def with_and_without(pairs: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Test accuracy of each pair of runs: plain, with proxies, joined by a line."""
+    if pairs.empty:
+        return _nothing("no run with proxies has a plain run beside it yet: notebook 02 makes it"), pairs
     table = pairs.assign(arm=pairs["dataset"] + " " + pairs["model"] + "\n" + pairs["schedule"] + " " + pairs["xai"])
     arms = list(dict.fromkeys(table["arm"]))
     figure, ((ax,),) = _new(1, 1, width=max(4.5, 1.6 * len(arms) + 2), height=3.4)
@@ -296,13 +348,14 @@ def with_and_without(pairs: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 BY = ("schedule", "xai", "threshold", "weight", "fraction")
 
 
+@styled
 def accuracy_by(frame: pd.DataFrame, *, by: Sequence[str] = BY) -> tuple[Figure, pd.DataFrame]:
     """Validation accuracy of finished runs with proxies, a panel per parameter and a dot per run; plain runs beside the schedules.
 
     Descriptive: runs that differ in a panel's parameter may differ in others, too.
     """
     done = frame[frame["status"] == runs.FINISHED]
-    figure, axes = _new(1, len(by), width=2.6 * len(by), height=3.3, sharey=True)
+    figure, axes = _new(1, len(by), width=2.1 * len(by), height=3.2, sharey=True)
     rows = []
     for ax, name in zip(axes.flat, by, strict=True):
         shown = done if name == "schedule" else done[done["proxy_steps"] > 0]
@@ -324,6 +377,7 @@ def accuracy_by(frame: pd.DataFrame, *, by: Sequence[str] = BY) -> tuple[Figure,
     return figure, pd.DataFrame(rows, columns=["parameter", "value", "run", "seed", "val_accuracy"])
 
 
+@styled
 def confusion(matrix: pd.DataFrame, *, most_named: int = 30) -> tuple[Figure, pd.DataFrame]:
     """Row-normalised colours, counts written in; many classes go without names and counts."""
     n = len(matrix)
@@ -344,6 +398,7 @@ def confusion(matrix: pd.DataFrame, *, most_named: int = 30) -> tuple[Figure, pd
     return figure, matrix.reset_index()
 
 
+@styled
 def class_changes(table: pd.DataFrame, *, most: int = 10) -> tuple[Figure, pd.DataFrame]:
     """F1 per class of the plain run and the one with proxies: the classes that gained and lost most."""
     half = most // 2
@@ -352,9 +407,9 @@ def class_changes(table: pd.DataFrame, *, most: int = 10) -> tuple[Figure, pd.Da
     figure, ((ax,),) = _new(1, 1, width=6.5, height=0.34 * len(shown) + 1.1)
     y = np.arange(len(shown))
     ax.hlines(y, shown["f1_plain"], shown["f1_proxy"], color=GREY, lw=1)
-    ax.scatter(shown["f1_plain"], y, color=BLUE, label="plain", zorder=2)
-    ax.scatter(shown["f1_proxy"], y, color=ORANGE, label="with proxies", zorder=2)
-    labels = [f"{_short(c)}  ({100 * d:+.1f}, n = {s})" for c, d, s in zip(shown["class"], shown["f1_change"], shown["support"], strict=True)]
+    ax.scatter(shown["f1_plain"], y, edgecolors=BLUE, facecolors="none", s=55, label="plain", zorder=2)
+    ax.scatter(shown["f1_proxy"], y, color=ORANGE, s=25, label="with proxies", zorder=3)
+    labels = [f"{_short(c)}  ({round(100 * d, 1) + 0.0:+.1f}, n = {s})" for c, d, s in zip(shown["class"], shown["f1_change"], shown["support"], strict=True)]
     ax.set_yticks(y, labels)
     ax.set_xlabel("F1 on the test images (change in points, test images of the class)")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))

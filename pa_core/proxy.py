@@ -22,6 +22,9 @@ from pa_core.data import Part
 from pa_core.params import Experiment, derived_seed
 from pa_core.train import autocast, evaluate
 
+EXAMPLES = 16
+"""Heatmaps kept per step, of the first choices, to be looked at; all are not, they would take more room than the proxies."""
+
 CHUNK = 64
 """Images explained at once. Part of the definition of ``shuffled``, which deals maps out within a chunk."""
 
@@ -203,8 +206,10 @@ def proxy_step(
             )
             images.write(at, made.images)
             tally.add(made)
-            if show is not None and int(at[0]) == 0:
-                show(made)
+            if int(at[0]) == 0:
+                np.savez(building / "examples.npz", maps=made.maps[:EXAMPLES].numpy(), mask=made.mask[:EXAMPLES].numpy())
+                if show is not None:
+                    show(made)
     np.save(building / "positions.npy", positions.numpy())
     tally.table(part, positions, targets, scores).to_csv(building / "proxies.csv", index=False)
     building.rename(directory)
@@ -219,6 +224,21 @@ def proxy_step(
         seconds=time.perf_counter() - started,
         scoring_seconds=scoring_seconds,
     )
+
+
+def examples(directory: Path, part: Part, *, count: int) -> tuple[Proxies, Tensor]:
+    """The first proxies of a stored step, at most 16, with the heatmaps they were made from, and their positions."""
+    images, positions = np.load(directory / "images.npy", mmap_mode="r"), np.load(directory / "positions.npy")
+    n = min(count, EXAMPLES, len(positions))
+    at = torch.from_numpy(positions[:n])
+    if n:
+        with np.load(directory / "examples.npz") as file:
+            maps, mask = torch.from_numpy(file["maps"][:n]), torch.from_numpy(file["mask"][:n])
+    else:
+        maps = torch.zeros((0, *images.shape[2:]))
+        mask = maps.bool()
+    made = Proxies(originals=part.read(at), maps=maps, mask=mask, images=torch.from_numpy(images[:n].copy()))
+    return made, at
 
 
 def _chunks(n: int) -> tuple[Tensor, ...]:
@@ -240,7 +260,7 @@ class _Tally:
 
     def table(self, part: Part, positions: Tensor, targets: Tensor, scores: selection.Scores) -> pd.DataFrame:
         rows = positions.tolist()
-        return pd.DataFrame(
+        return pd.DataFrame(  # the columns of runs.PROXY_COLUMNS
             {
                 "id": [part.ids[i] for i in rows],
                 "label": part.labels[positions].numpy(),

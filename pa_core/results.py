@@ -9,7 +9,7 @@ import pandas as pd
 
 from pa_core import schedule
 from pa_core.params import Experiment, runs_home
-from pa_core.runs import FINISHED, Run, code_version
+from pa_core.runs import FINISHED, Run, RunError, code_version
 
 PARAMETERS = tuple(field.name for field in fields(Experiment))
 MEASURED = (
@@ -65,8 +65,8 @@ def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     """
     done = frame[frame["status"] == FINISHED].assign(length=lambda f: [schedule.epochs(s) for s in f["schedule"]])
     shared = [name for name in PARAMETERS if name not in (*_PROXY_PARAMETERS, *_PLACES)] + ["length"]
-    # merge does not match None with None in every version, so compare texts
-    keyed = done.assign(key=done[shared].astype(str).agg("|".join, axis=1) if len(done) else [])
+    # as one text, because a merge on the columns would not match None with None
+    keyed = done.assign(key=[str(tuple(row)) for row in done[shared].itertuples(index=False)])
     plain = keyed[keyed["proxy_steps"] == 0].drop_duplicates("key", keep="last")
     plain = plain[["key", "run", "test_accuracy", "val_accuracy"]]
     plain = plain.rename(columns={c: f"plain_{c}" for c in plain.columns if c != "key"})
@@ -77,13 +77,27 @@ def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     return merged[["run", "plain_run", "dataset", "model", *_PROXY_PARAMETERS, "seed", *measured]]
 
 
-def latest_pair(frame: pd.DataFrame, runs_dir: str = "runs") -> tuple[Run, Run] | None:
-    """The latest finished run with proxies that has a plain run beside it: (plain, with proxies)."""
-    table = pairs(frame)
-    if table.empty:
-        return None
-    row = table.iloc[-1]
-    return open_run(row["plain_run"], runs_dir), open_run(row["run"], runs_dir)
+def pair_of(frame: pd.DataFrame, run_name: str | None = None, runs_dir: str = "runs") -> tuple[Run | None, Run]:
+    """(the plain run or None, the run): the named run, or else the latest that has a plain run beside it, or else the latest.
+
+    Raises:
+        RunError: no run has finished, or none has this name.
+    """
+    done = frame[frame["status"] == FINISHED]
+    if done.empty:
+        raise RunError(f"no run under {runs_home(runs_dir)} has finished; notebooks 02 and 03 make some")
+    if run_name is not None and run_name not in set(done["run"]):
+        raise RunError(f"run_name = {run_name!r} is no finished run; allowed is one of {', '.join(done['run'])}")
+    paired = pairs(frame).set_index("run")["plain_run"]
+    name = run_name or (paired.index[-1] if len(paired) else done["run"].iloc[-1])
+    plain = open_run(paired[name], runs_dir) if name in paired.index else None
+    return plain, open_run(name, runs_dir)
+
+
+def runs_of(frame: pd.DataFrame, runs_dir: str = "runs") -> list[Run]:
+    """The runs that a table of :func:`load` or :func:`pairs` names."""
+    names = list(frame["run"]) + (list(frame["plain_run"]) if "plain_run" in frame else [])
+    return [open_run(name, runs_dir) for name in dict.fromkeys(names)]
 
 
 def open_run(name: str, runs_dir: str = "runs") -> Run:
@@ -91,16 +105,18 @@ def open_run(name: str, runs_dir: str = "runs") -> Run:
     return Run.load(runs_home(runs_dir) / Path(name))
 
 
-def class_changes(plain: Run, other: Run) -> pd.DataFrame:
+def class_changes(plain: Run | None, other: Run) -> pd.DataFrame:
     """Per class: support, precision, recall and F1 of both runs on the test images, and the change, most gained first.
 
+    Without a plain run its columns are NaN.
+
     Raises:
-        ValueError: the two runs were tested on different images, so that there is nothing to compare.
+        RunError: the two runs were tested on different images, so that there is nothing to compare.
     """
-    a, b = plain.predictions, other.predictions
-    if list(a["id"]) != list(b["id"]):
-        raise ValueError(f"{plain.path.name} and {other.path.name} were tested on different images")
-    table = plain.classes.merge(other.classes, on="class", suffixes=("_plain", "_proxy"))
+    before = plain.classes if plain else other.classes.assign(precision=float("nan"), recall=float("nan"), f1=float("nan"))
+    if plain and list(plain.predictions["id"]) != list(other.predictions["id"]):
+        raise RunError(f"{plain.path.name} and {other.path.name} were tested on different images")
+    table = before.merge(other.classes, on="class", suffixes=("_plain", "_proxy"))
     table = table.rename(columns={"support_plain": "support"}).drop(columns="support_proxy")
     for name in ("precision", "recall", "f1"):
         table[f"{name}_change"] = table[f"{name}_proxy"] - table[f"{name}_plain"]

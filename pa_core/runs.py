@@ -6,7 +6,7 @@
     classes.csv          per class on the test images: precision, recall, F1, support
     predictions.csv      per test image: id, label, predicted, confidence
     checkpoint.pt        while it trains; weights.safetensors once it is done
-    proxies/step_1/      what the proxy step made: images.npy, positions.npy, proxies.csv
+    proxies/step_1/      what the proxy step made: images.npy, positions.npy, proxies.csv, examples.npz
     tensorboard/
 
 Every file but the metrics is replaced as a whole, so that a reader or a killed process finds the old one or the new one.
@@ -37,7 +37,10 @@ from safetensors.torch import load_file, save_file
 from pa_core import models
 from pa_core.params import Experiment, home
 
-RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
+RUNNING, PAUSED, FINISHED, FAILED, INTERRUPTED = "running", "paused", "finished", "failed", "interrupted"
+
+
+PROXY_COLUMNS = ("id", "label", "predicted", "explained", "loss", "masked_share", "unchanged")
 
 
 class RunError(RuntimeError):
@@ -104,6 +107,13 @@ class Run:
         """Per test image: id, label, predicted, confidence."""
         text = {"id": str, "label": str, "predicted": str}
         return pd.read_csv(self.path / "predictions.csv", dtype=text, keep_default_na=False)
+
+    def proxies(self, step: int) -> pd.DataFrame:
+        """Per proxy of a step: id, label, predicted, explained (class numbers), loss, masked_share, unchanged."""
+        path = self.path / "proxies" / f"step_{step}" / "proxies.csv"
+        if path.is_file():
+            return pd.read_csv(path, dtype={"id": str}, keep_default_na=False)
+        return pd.DataFrame(columns=PROXY_COLUMNS).astype({"loss": float, "masked_share": float})
 
     def model(self, device: str | torch.device = "cpu") -> models.Classifier:
         """The trained classifier of a finished run, in eval mode.

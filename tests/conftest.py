@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread each: the tests' networks are tiny, and processes that share two cores would otherwise spin for them.
+# Set before torch is loaded, so that it holds for the kernels and processes that tests start, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections import Counter
 
 import pytest

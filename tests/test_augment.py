@@ -1,4 +1,5 @@
-"""Augmentation: each sample its own parameters, pixels moved exactly, the same numbers whatever the content."""
+"""Augmentation: each sample its own parameters, pixels moved exactly, the same numbers whatever the
+content."""
 
 from __future__ import annotations
 
@@ -10,7 +11,16 @@ from pa_core.data import augment
 from pa_core.data.augment import _rotate
 from pa_core.params import ParameterError
 
-KINDS = ["none", "flip", "rotate", "crop", "flip,rotate", "flip,crop", "rotate,crop", "flip,rotate,crop"]
+KINDS = [
+    "none",
+    "flip",
+    "rotate",
+    "crop",
+    "flip,rotate",
+    "flip,crop",
+    "rotate,crop",
+    "flip,rotate,crop",
+]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -61,14 +71,20 @@ def test_crop_moves_each_sample_by_up_to_an_eighth(size, pad):
     out = augment(image.expand(600, -1, -1, -1), kinds="crop", generator=generator())
     seen = which(out, shifts(image, pad))
     assert len(set(seen)) == (2 * pad + 1) ** 2  # every offset occurs
-    assert abs(seen.count((2 * pad + 1) ** 2 // 2) / 600 - 1 / (2 * pad + 1) ** 2) < 0.05  # the centre is not preferred
+    assert (
+        abs(seen.count((2 * pad + 1) ** 2 // 2) / 600 - 1 / (2 * pad + 1) ** 2) < 0.05
+    )  # the centre is not preferred
 
 
 def test_crop_reflects_at_the_border_as_computed_by_hand():
-    # One row of nine pixels (pad 1): moved right by one it reads 1 0 1 2 3 4 5 6 7, moved left 1 .. 8 7.
+    # One row of nine pixels (pad 1): moved right by one it reads 1 0 1 2 3 4 5 6 7, moved left 1 ..
+    # 8 7.
     line = torch.arange(9, dtype=torch.uint8)
     image = line.expand(1, 1, 9, 9)
-    rows = {tuple(out[0, 4].tolist()) for out in augment(image.expand(60, -1, -1, -1), kinds="crop", generator=generator())}
+    rows = {
+        tuple(out[0, 4].tolist())
+        for out in augment(image.expand(60, -1, -1, -1), kinds="crop", generator=generator())
+    }
     assert rows == {(1, 0, 1, 2, 3, 4, 5, 6, 7), tuple(range(9)), (1, 2, 3, 4, 5, 6, 7, 8, 7)}
 
 
@@ -91,7 +107,8 @@ def test_rotation_turns_counter_clockwise_each_sample_by_its_own_angle():
 
 
 def test_rotation_by_a_small_angle_moves_a_point_as_far_as_trigonometry_says():
-    # The point (x, y) = (20, 0) right of the centre goes to (20 cos a, 20 sin a), upwards, for a = 15 degrees.
+    # The point (x, y) = (20, 0) right of the centre goes to (20 cos a, 20 sin a), upwards, for a =
+    # 15 degrees.
     image = torch.zeros(1, 1, 65, 65)
     image[0, 0, 32, 52] = 1
     turned = _rotate(image, torch.tensor([15.0]))[0, 0]
@@ -122,7 +139,11 @@ def test_rotation_angles_stay_within_fifteen_degrees_and_differ():
 @pytest.mark.parametrize("kinds", KINDS)
 def test_draws_depend_neither_on_content_nor_on_dtype(kinds):
     states = []
-    for images in (picture(16).expand(9, -1, -1, -1), torch.zeros(9, 3, 16, 16), torch.rand(9, 3, 16, 16)):
+    for images in (
+        picture(16).expand(9, -1, -1, -1),
+        torch.zeros(9, 3, 16, 16),
+        torch.rand(9, 3, 16, 16),
+    ):
         draws = generator(5)
         out = augment(images, kinds=kinds, generator=draws)
         assert out.shape == images.shape and out.dtype == images.dtype
@@ -149,12 +170,17 @@ def test_the_input_is_left_as_it_was_and_may_be_empty(kinds):
 
 def test_the_order_of_the_names_does_not_matter():
     images = torch.rand(8, 3, 16, 16, generator=generator(4))
-    one, other = (augment(images, kinds=kinds, generator=generator()) for kinds in ("crop,flip,rotate", "flip,rotate,crop"))
+    one, other = (
+        augment(images, kinds=kinds, generator=generator())
+        for kinds in ("crop,flip,rotate", "flip,rotate,crop")
+    )
     assert torch.equal(one, other)
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ParameterError, match=r"augment = 'flip,crap' is refused: .*did you mean 'crop'"):
+    with pytest.raises(
+        ParameterError, match=r"augment = 'flip,crap' is refused: .*did you mean 'crop'"
+    ):
         augment(picture(), kinds="flip,crap", generator=generator())
 
 

@@ -18,13 +18,14 @@ PAD_SHARE = 8
 def augment(images: Tensor, *, kinds: str, generator: torch.Generator) -> Tensor:
     """Flipped, rotated and cropped images; the input itself for ``none``.
 
-    rotate: by an angle drawn evenly from -15 to 15 degrees about the centre, bilinear, reflected at the border.
-    flip: left to right, with probability 1/2.
-    crop: padded by S // 8 pixels on each side (reflected), and a square of S x S cut out at random.
+    - rotate: about the centre by -15 to 15 degrees, drawn evenly; bilinear, reflected at borders.
+    - flip: left to right, with probability 1/2.
+    - crop: padded by S // 8 pixels on each side (reflected), and S x S pixels cut out at random.
+
     They are applied in this order. Flips and crops move pixels and change none.
 
-    The parameters are drawn on the CPU, so that every device sees the same ones; how many are drawn depends only on
-    the number of images and on ``kinds``.
+    The parameters are drawn on the CPU, so that every device sees the same ones; how many are drawn
+    depends only on the number of images and on ``kinds``.
 
     Args:
         images: uint8 or float [n, C, S, S], any device.
@@ -60,7 +61,7 @@ def augment(images: Tensor, *, kinds: str, generator: torch.Generator) -> Tensor
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
-    """Indices outside of 0 .. size - 1 are mirrored at the outermost pixel: -1 -> 1, size -> size - 2."""
+    """Indices outside of 0 .. size - 1, mirrored at the outermost: -1 -> 1, size -> size - 2."""
     index = index.abs()
     return torch.where(index < size, index, 2 * (size - 1) - index)
 
@@ -81,5 +82,9 @@ def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
     # From places in the output to places in the input, y downwards.
     theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3).to(images.device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    turned = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return turned.round_().clamp_(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else turned.to(images.dtype)
+    turned = F.grid_sample(
+        images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+    if images.dtype == torch.uint8:
+        turned = turned.round_().clamp_(0, 255)
+    return turned.to(images.dtype)

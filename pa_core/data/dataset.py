@@ -87,11 +87,12 @@ class Dataset:
         classes: C names, by label.
         image_size: S, pixels per side.
         train, val, test: the parts.
-        digest: SHA-256 (hex) of ids, labels, contents, classes and official parts; not of where the images lie,
-            nor of how they were split here.
+        digest: SHA-256 (hex) of ids, labels, contents, classes and official parts; not of where the
+            images lie, nor of how they were split here.
         split_digest: SHA-256 (hex) of which id is in which part.
         skipped: files that were left out because they are no images, each with the reason.
-        dropped: ids left out of training (or of official validation images) as copies of test (or validation) images.
+        dropped: ids left out of training (or of official validation images) as copies of test (or
+            validation) images.
     """
 
     name: str
@@ -121,12 +122,16 @@ def load(
 
     Args:
         dataset: one of :func:`names`.
-        data_dir: the folder for ``folder``; for a downloaded set, where it lies instead of in the data home.
+        data_dir: the folder for ``folder``; for a downloaded set, where it lies instead of in the
+            data home.
         bad_images: ``refuse`` files that are no images or cut short, or ``skip`` them.
-        image_size: pixels per side; the dataset's own by default. For ``folder`` that is the largest of 32, 64, 96,
-            128 and 224 that is not above the median shorter side of its images.
-        train_fraction: share of each class's training images to keep, at least one; smaller shares are part of larger ones.
-        folds, fold: the validation part is fold ``fold`` of ``folds``, where no official one exists.
+        image_size: pixels per side; the dataset's own by default. For ``folder`` that is the
+            largest of 32, 64, 96, 128 and 224 that is not above the median shorter side of its
+            images.
+        train_fraction: share of each class's training images to keep, at least one; smaller shares
+            are part of larger ones.
+        folds, fold: the validation part is fold ``fold`` of ``folds``, where no official one
+            exists.
         seed: drives folds and fraction. The test part never depends on it.
 
     Raises:
@@ -138,14 +143,14 @@ def load(
     bad_images, image_size = checked.pop("bad_images"), checked.pop("image_size")
     source = sources.find(dataset, data_dir)
     size = image_size or source.image_size
-    bad = dict(source.bad)
-    _refuse(source, bad, bad_images)
-    rows = _split(source, bad, checked)  # now, so that a class that is too small is refused before all is decoded
+    if bad_images == "skip" or not source.bad:
+        # A class that is too small is refused before anything is decoded.
+        _split(source, source.bad, checked)
     pixels, broken = _pixels(source, size)
-    if broken:
-        bad |= broken
-        _refuse(source, bad, bad_images)
-        rows = _split(source, bad, checked)
+    bad = {**source.bad, **broken}
+    if bad and bad_images == "refuse":
+        _refuse(source, bad)
+    rows = _split(source, bad, checked)
     parts = {name: _part(source, name, pixels, getattr(rows, name)) for name in sources.PARTS}
     return Dataset(
         name=dataset,
@@ -172,21 +177,26 @@ def _checked(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return coerced
 
 
-def _refuse(source: Source, bad: Mapping[int, str], bad_images: str) -> None:
-    if not bad or bad_images == "skip":
-        return
+def _refuse(source: Source, bad: Mapping[int, str]) -> None:
     rows = sorted(bad)
     named = ", ".join(f"{source.ids[row]} ({bad[row]})" for row in rows[:SHOWN])
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-    files = "1 file is no image or is" if len(rows) == 1 else f"{len(rows)} files are no images or are"
+    count = len(rows)
+    files = "1 file is no image or is" if count == 1 else f"{count} files are no images or are"
     allowed = "repair or remove what is named, or set bad_images to skip"
     raise ParameterError(*source.origin, f"{files} cut short: {named}{more}; {allowed}")
 
 
 def _split(source: Source, bad: Mapping[int, str], options: Mapping[str, Any]) -> splits.Split:
-    rows = np.setdiff1d(np.arange(len(source.ids)), np.fromiter(bad, dtype=np.int64, count=len(bad)))
-    common = {"labels": source.labels, "digests": source.digests, "parts": source.parts}
-    return splits.split(rows=rows, **common, classes=source.classes, origin=source.origin, **options)
+    return splits.split(
+        rows=np.delete(np.arange(len(source.ids)), list(bad)),
+        labels=source.labels,
+        digests=source.digests,
+        parts=source.parts,
+        classes=source.classes,
+        origin=source.origin,
+        **options,
+    )
 
 
 def _pixels(source: Source, size: int) -> store.Pixels:
@@ -207,14 +217,9 @@ def _part(source: Source, name: str, pixels: np.ndarray, rows: np.ndarray) -> Pa
 
 
 def _digest(source: Source, bad: Mapping[int, str]) -> str:
-    images = [
-        (name, int(label), str(part), digest)
-        for row, (name, label, part, digest) in enumerate(
-            zip(source.ids, source.labels, source.parts, source.digests, strict=True)
-        )
-        if row not in bad
-    ]
-    return _sha([source.classes, images])
+    labels, parts = source.labels.tolist(), source.parts.tolist()
+    images = list(zip(source.ids, labels, parts, source.digests, strict=True))
+    return _sha([source.classes, [image for row, image in enumerate(images) if row not in bad]])
 
 
 def _sha(content: Sequence) -> str:

@@ -1,10 +1,10 @@
-"""One image file, or one PIL image, -> RGB pixels of a given size. Also the program that the workers run.
+"""One image file, or one PIL image, -> RGB pixels of a given size. The workers run this file.
 
 Nothing of pa_core and no torch is imported here, so that a worker starts in a fraction of a second.
 
-Decoding is bound to Python's global lock for small files: two threads take longer than one. Hence processes
-(`workers`); they are plain ones that read jobs from a pipe, which works from notebooks and scripts alike, and
-which end by themselves when the process that started them is killed.
+Decoding is bound to Python's global lock for small files: two threads take longer than one. Hence
+processes (`workers`); they are plain ones that read jobs from a pipe, which works from notebooks
+and scripts alike, and which end by themselves when the process that started them is killed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 VERSION = 1
 """Raised when the same file would give other pixels, so that cached ones are not used any more."""
@@ -33,9 +33,21 @@ Thing = str | Image.Image
 
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError),
-    *(NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError),
+    *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 """What Pillow raises over a file that is no image, or a broken one."""
+
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image with this EXIF orientation upright."""
 
 PNG_END = b"IEND\xaeB`\x82"
 
@@ -52,7 +64,7 @@ def digest(thing: Thing | bytes) -> str:
 
 
 def describe(thing: Thing) -> tuple[str, int, int]:
-    """Digest, height and width (as stored, before any rotation by EXIF); reads only a file's header.
+    """Digest, height and width (as stored, before any rotation by EXIF); decodes no pixels.
 
     Raises:
         one of UNREADABLE: this is no image.
@@ -63,7 +75,7 @@ def describe(thing: Thing) -> tuple[str, int, int]:
 
 
 def pixels(thing: Thing | bytes, size: int) -> np.ndarray:
-    """RGB, uint8 [3, size, size]: the shorter side resized (antialiased, bilinear), the central square.
+    """RGB, uint8 [3, size, size]: shorter side resized (antialiased, bilinear), central square.
 
     Raises:
         one of UNREADABLE: this is no image, it is cut short, or its mode is not known.
@@ -72,7 +84,10 @@ def pixels(thing: Thing | bytes, size: int) -> np.ndarray:
     image = _open(data)
     if image.format == "PNG" and PNG_END not in data:  # Pillow forgives a missing tail of a PNG
         raise OSError("image file is truncated")
+    image.load()
+    turn = orientation(image)  # before the conversion, which may lose it
     image = to_rgb(image)
+    image = image if turn is None else image.transpose(turn)
     short = min(image.size)
     left, top = (image.width - short) / 2, (image.height - short) / 2
     # Cut while resizing: a strip of 1 x 60,000 pixels must not become one of 224 x 13 million.
@@ -82,16 +97,13 @@ def pixels(thing: Thing | bytes, size: int) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as RGB, upright (EXIF), the first frame; what is transparent is shown on white.
-
-    The given image may be turned.
+    """Any image as RGB, the first frame of several; what is transparent is shown on white.
 
     16-bit grey values are divided by 256. 32-bit ones have no agreed range and are refused.
 
     Raises:
         ValueError: the mode is not known.
     """
-    ImageOps.exif_transpose(image, in_place=True)
     # A 16-bit PGM (and, with older Pillows, PNG) is opened in mode I, with values from 0 to 65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
@@ -101,6 +113,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """What brings it upright by its EXIF data; None where there is nothing to do."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ORIENTATION))
+    except UNREADABLE:  # damaged metadata are common, and the image is as good as one without any
+        return None
 
 
 def _read(path: str) -> bytes:
@@ -139,7 +159,7 @@ class Describe:
 
 
 class Write:
-    """Writes the pixels of each thing into its row of a file, and checks that it is still the same thing.
+    """Writes the pixels of each thing into its row of a file, if it is still the same thing.
 
     Args:
         path: the file, of its full length already.
@@ -160,7 +180,8 @@ class Write:
         except OSError as error:
             raise Changed(f"{thing} cannot be read any more: {reason(error)}") from error
         if digest(data) != expected:
-            raise Changed(f"{thing if isinstance(thing, str) else 'an image'} changed while it was read")
+            name = thing if isinstance(thing, str) else "an image"
+            raise Changed(f"{name} changed while it was read")
         try:
             image = pixels(data, self.size)
         except UNREADABLE as error:
@@ -178,8 +199,8 @@ def reason(error: BaseException) -> str:
 
 
 def main(operation: str, *arguments: str) -> None:
-    """Reads jobs (one JSON list a line) from the standard input and writes replies to the standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for the replies
+    """Reads jobs from the standard input, one JSON list a line, and writes replies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     warnings.simplefilter("ignore")  # of damaged metadata, and the like
     work = Describe() if operation == "describe" else Write(arguments[0], *map(int, arguments[1:]))
     for line in sys.stdin:

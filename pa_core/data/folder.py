@@ -1,4 +1,4 @@
-"""A directory of class folders -> its image files, each with a class, an official part and a digest.
+"""A directory of class folders -> its image files, each with class, official part and digest.
 
 The directory is only read. What is known about its files is kept in the index, in the data home.
 """
@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,11 @@ PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "t
 IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 INDEX_VERSION = 1
 RACE_NS = 2_000_000_000
-"""A file changed this shortly before it was hashed may change again within one tick of the clock."""
+"""A file changed this shortly before it was hashed may change again in the same tick."""
 
 LAYOUT = (
-    "allowed is a folder with a subfolder of images for each class (two or more), or with train/ and, "
-    "if you like, val/ and test/, each of which holds such subfolders"
+    "allowed is a folder with a subfolder of images for each class (two or more), or with train/ "
+    "and, if you like, val/ and test/, each of which holds such subfolders"
 )
 
 Stamp = tuple[int, int, int, int]
@@ -62,22 +62,24 @@ def scan(root: Path) -> tuple[tuple[str, ...], list[File]]:
         ParameterError: the folder is not laid out as described in ``LAYOUT``.
     """
     parts = _parts(root)
-    found = {part: {folder.name: folder for folder in _subfolders(top)} for part, top in parts.items()}
+    found = {part: {path.name: path for path in _subfolders(top)} for part, top in parts.items()}
     classes = tuple(sorted(found["train"]))
     if len(classes) < 2:
         holds = f"only one class ({classes[0]})" if classes else "no class"
         raise ParameterError("data_dir", str(root), f"it holds {holds}; {LAYOUT}")
     files: list[File] = []
     for part, folders in found.items():
+        top = parts[part]
         if unknown := sorted(set(folders) - set(classes)):
-            text = f"{parts[part].name}/ has classes that {parts['train'].name}/ lacks: {', '.join(unknown)}"
-            raise ParameterError("data_dir", str(root), f"{text}; allowed are the same classes in each")
-        for name, folder in folders.items():
-            label = classes.index(name)
-            files += [_file(root, entry, label, part) for entry in _walk(folder, above={root, parts[part]})]
-        files += [_file(root, entry, -1, part) for entry in _strays(parts[part])]
+            text = f"{top.name}/ has classes that {parts['train'].name}/ lacks"
+            text = f"{text}: {', '.join(unknown)}; allowed are the same classes in each"
+            raise ParameterError("data_dir", str(root), text)
+        for name, path in folders.items():
+            entries = walk(path, above=(root, top))
+            files += [_file(root, entry, classes.index(name), part) for entry in entries]
+        files += [_file(root, entry, -1, part) for entry in _strays(top)]
         if not any(file.part == part for file in files):
-            raise ParameterError("data_dir", str(root), f"{parts[part].name}/ holds no image; {LAYOUT}")
+            raise ParameterError("data_dir", str(root), f"{top.name}/ holds no image; {LAYOUT}")
     return classes, sorted(files, key=lambda file: file.id)
 
 
@@ -91,10 +93,11 @@ def _parts(root: Path) -> dict[str, Path]:
     names = ", ".join(f"{folder.name}/" for folder in named)
     if len(named) < len(folders):
         others = ", ".join(f"{folder.name}/" for folder in folders if folder not in named)
-        text = f"{names} stand beside other folders ({others}), so it is not clear which are classes"
+        text = f"{names} stand beside other folders ({others}), so which are classes is not clear"
         raise ParameterError("data_dir", str(root), f"{text}; {LAYOUT}")
     if len(parts) < len(named):
-        raise ParameterError("data_dir", str(root), f"two of {names} are for the same part; {LAYOUT}")
+        text = f"two of {names} are for the same part; {LAYOUT}"
+        raise ParameterError("data_dir", str(root), text)
     return {part: parts[part] for part in ("train", "val", "test") if part in parts}
 
 
@@ -103,23 +106,33 @@ def _hidden(name: str) -> bool:
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not _hidden(entry.name)), key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as entries:
+            seen = [entry for entry in entries if not _hidden(entry.name)]
+    except PermissionError as error:
+        text = "you may not read it; allowed is a folder that can be read"
+        raise ParameterError("data_dir", str(folder), text) from error
+    return sorted(seen, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    # A link to itself makes entry.is_dir() raise.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
+    return [Path(entry.path) for entry in _entries(folder) if _is_folder(entry)]
 
 
 def _strays(folder: Path) -> list[os.DirEntry]:
-    """Images outside of any class folder. Other files there (a README, a table) are nobody's business."""
+    """Images outside of any class folder. Other files there (a README, a table) do not matter."""
     known = Image.registered_extensions()
-    files = [entry for entry in _entries(folder) if not entry.is_dir()]
+    files = [entry for entry in _entries(folder) if not _is_folder(entry)]
     return [entry for entry in files if os.path.splitext(entry.name)[1].lower() in known]
 
 
-def _walk(folder: Path, above: set[Path]) -> Iterator[os.DirEntry]:
-    """Files below a class folder, links followed, each real folder once and never one that is above."""
+def walk(folder: Path, above: Iterable[Path] = ()) -> Iterator[os.DirEntry]:
+    """Files below a folder, links followed, each real folder once and none that is above it."""
     resolved = [path.resolve() for path in above]
     seen = {path for top in resolved for path in (top, *top.parents)}
     waiting: list[Path] = [folder]
@@ -129,21 +142,22 @@ def _walk(folder: Path, above: set[Path]) -> Iterator[os.DirEntry]:
             continue
         seen.add(real)
         entries = _entries(here)
-        yield from (entry for entry in entries if not entry.is_dir())
-        waiting += [Path(entry.path) for entry in reversed(entries) if entry.is_dir()]
+        folders = {entry for entry in entries if _is_folder(entry)}
+        yield from (entry for entry in entries if entry not in folders)
+        waiting += [Path(entry.path) for entry in reversed(entries) if entry in folders]
 
 
 def _file(root: Path, entry: os.DirEntry, label: int, part: str) -> File:
-    try:
-        stamp = stamp_of(entry.stat())
-    except FileNotFoundError:  # a broken link
-        stamp = (0, 0, 0, 0)
     name = entry.path.removeprefix(str(root)).lstrip(os.sep).replace(os.sep, "/")
-    return File(id=name, path=entry.path, label=label, part=part, stamp=stamp)
+    return File(id=name, path=entry.path, label=label, part=part, stamp=stamp(entry))
 
 
-def stamp_of(status: os.stat_result) -> Stamp:
+def stamp(entry: os.DirEntry) -> Stamp:
     """By which a change of a file is noticed, even one that keeps size and mtime."""
+    try:
+        status = entry.stat()
+    except OSError:  # a broken link, or one to itself; when it is read, that is said
+        return 0, 0, 0, 0
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
@@ -160,13 +174,16 @@ def describe(root: Path, files: Sequence[File]) -> list[tuple[str, int, int, str
     fresh = [i for i, file in enumerate(files) if known.get(file.id, [None])[0] != list(file.stamp)]
     begun = time.time_ns()
     entries: Known = {file.id: known.get(file.id, []) for file in files}
-    for row, value, reason in workers.describe([file.path for file in files], fresh, text="reading"):
+    paths = [file.path for file in files]
+    for row, value, reason in workers.describe(paths, fresh, text="reading"):
         entries[files[row].id] = [list(files[row].stamp), *(value or ("", 0, 0)), reason]
     if fresh or len(known) != len(entries):
-        # What changed just now is read again next time, for a second change might leave the same stamp; and so is
-        # what could not be read.
+        # What changed just now is read again next time, for a second change might leave the same
+        # stamp; and so is what could not be read.
         settled = {
-            name: entry for name, entry in entries.items() if entry[0][2] < begun - RACE_NS and entry[-1] is None
+            name: entry
+            for name, entry in entries.items()
+            if entry[0][2] < begun - RACE_NS and entry[-1] is None
         }
         if settled != known:
             write_index(path, settled)

@@ -1,6 +1,7 @@
 """A dataset's name -> its images, labels and official parts, before any is decoded.
 
-Three kinds: ``fashion_mini``, which comes with the package; sets that torchvision knows, by a table; and ``folder``.
+Three kinds: ``fashion_mini``, which comes with the package; sets that torchvision knows, by a
+table; and ``folder``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Source:
         ids: unique, sorted within a part.
         labels: int64 [N].
         parts: official part of each: ``train``, ``val`` or ``test``.
-        digests: SHA-256 (hex) of each, see :func:`pa_core.data.decode.digest`; empty where it could not be read.
+        digests: SHA-256 (hex) of each, see :func:`pa_core.data.decode.digest`; empty where it could
+            not be read.
         sizes: int64 [N, 2], height and width as stored.
         bad: rows that are no images, with the reason.
         image_size: what it is when none is asked for.
@@ -102,26 +104,44 @@ _TWO = {"train": {"split": "train"}, "test": {"split": "test"}}
 _THREE = {"train": {"split": "train"}, "val": {"split": "val"}, "test": {"split": "test"}}
 _FER = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
 
-# Official validation images stay validation images where there are test images too; else they are the test part.
+# Official validation images stay validation images where there are test images too; else they are
+# the test part.
 TORCHVISION: dict[str, Row] = {
     "fashion_mnist": Row(cls="FashionMNIST", image_size=28, files=f"FashionMNIST/{_IDX}", **_BOOL),
     "mnist": Row(cls="MNIST", image_size=28, files=f"MNIST/{_IDX}", **_BOOL),
     "kmnist": Row(cls="KMNIST", image_size=28, files=f"KMNIST/{_IDX}", **_BOOL),
-    "usps": Row(cls="USPS", image_size=16, files="usps.bz2 and usps.t.bz2", classes=_digits(), **_BOOL),
+    "usps": Row(
+        cls="USPS", image_size=16, files="usps.bz2 and usps.t.bz2", classes=_digits(), **_BOOL
+    ),
     "cifar10": Row(
-        cls="CIFAR10", image_size=32, files="cifar-10-batches-py/ or cifar-10-python.tar.gz", **_BOOL
+        cls="CIFAR10",
+        image_size=32,
+        files="cifar-10-batches-py/ or cifar-10-python.tar.gz",
+        **_BOOL,
     ),
     "cifar100": Row(
         cls="CIFAR100", image_size=32, files="cifar-100-python/ or cifar-100-python.tar.gz", **_BOOL
     ),
     "svhn": Row(
-        cls="SVHN", image_size=32, files="train_32x32.mat and test_32x32.mat", classes=_digits(), **_TWO
+        cls="SVHN",
+        image_size=32,
+        files="train_32x32.mat and test_32x32.mat",
+        classes=_digits(),
+        **_TWO,
     ),
     "stl10": Row(
-        cls="STL10", image_size=96, files="stl10_binary/ or stl10_binary.tar.gz", classes=_digits(), **_TWO
+        cls="STL10",
+        image_size=96,
+        files="stl10_binary/ or stl10_binary.tar.gz",
+        classes=_digits(),
+        **_TWO,
     ),
-    "caltech101": Row(cls="Caltech101", image_size=128, files="caltech101/101_ObjectCategories/", train={}),
-    "caltech256": Row(cls="Caltech256", image_size=128, files="caltech256/256_ObjectCategories/", train={}),
+    "caltech101": Row(
+        cls="Caltech101", image_size=128, files="caltech101/101_ObjectCategories/", train={}
+    ),
+    "caltech256": Row(
+        cls="Caltech256", image_size=128, files="caltech256/256_ObjectCategories/", train={}
+    ),
     "flowers102": Row(
         cls="Flowers102",
         image_size=224,
@@ -153,12 +173,16 @@ TORCHVISION: dict[str, Row] = {
     "places365": Row(
         cls="Places365",
         image_size=128,
-        files="categories_places365.txt, places365_{train_standard,val}.txt, data_256_standard/ and val_256/",
+        files="categories_places365.txt, places365_{train_standard,val}.txt, data_256_standard/ "
+        "and val_256/",
         train={"split": "train-standard", "small": True},
         test={"split": "val", "small": True},
     ),
     "food101": Row(
-        cls="Food101", image_size=128, files="food-101/ with images/ and meta/, or food-101.tar.gz", **_TWO
+        cls="Food101",
+        image_size=128,
+        files="food-101/ with images/ and meta/, or food-101.tar.gz",
+        **_TWO,
     ),
     "dtd": Row(cls="DTD", image_size=128, files="dtd/dtd/ with images/ and labels/", **_THREE),
     "eurosat": Row(cls="EuroSAT", image_size=64, files="eurosat/2750/", train={}),
@@ -172,7 +196,8 @@ TORCHVISION: dict[str, Row] = {
     "stanford_cars": Row(
         cls="StanfordCars",
         image_size=224,
-        files="stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat",
+        files="stanford_cars/ with cars_train/, cars_test/, devkit/ and "
+        "cars_test_annos_withlabels.mat",
         download=False,
         **_TWO,
     ),
@@ -202,27 +227,30 @@ def find(name: str, data_dir: str | None) -> Source:
     """The images of a dataset, downloaded first where need be.
 
     Raises:
-        ParameterError: the name is unknown, ``data_dir`` is no such folder, or the images are not to be had.
+        ParameterError: the name is unknown, ``data_dir`` is no such folder, or the images are not
+            to be had.
     """
     if name not in DATASETS:
-        allowed = f"there is no such dataset{nearest(name, DATASETS)}; allowed is one of {', '.join(DATASETS)}"
-        raise ParameterError("dataset", name, allowed)
+        allowed = f"allowed is one of {', '.join(DATASETS)}"
+        text = f"there is no such dataset{nearest(name, DATASETS)}"
+        raise ParameterError("dataset", name, f"{text}; {allowed}")
     root = None if data_dir is None else Path(data_dir).expanduser().absolute()
     if root is not None and not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise ParameterError("data_dir", data_dir, f"it {what}; allowed is a folder that exists")
     if name == "folder":
         if root is None:
-            raise ParameterError(
-                "data_dir", None, "dataset = 'folder' needs it: the folder that holds the class folders"
-            )
+            allowed = "dataset = 'folder' needs it: the folder that holds the class folders"
+            raise ParameterError("data_dir", None, allowed)
         return _folder(root)
     if name == "fashion_mini":
         if root is not None:
-            allowed = "fashion_mini comes with the package; for a folder of class folders set dataset to folder"
-            raise ParameterError("data_dir", data_dir, allowed)
+            allowed = "for a folder of class folders set dataset to folder"
+            raise ParameterError(
+                "data_dir", data_dir, f"fashion_mini comes with the package; {allowed}"
+            )
         return _fashion_mini()
-    return _torchvision(name, TORCHVISION[name], root or data_home() / name)
+    return _torchvision(name, TORCHVISION[name], root or data_home().absolute() / name)
 
 
 # folder
@@ -259,22 +287,24 @@ def _usual_size(sizes: np.ndarray) -> int:
 
 
 def embedded() -> dict[str, np.ndarray]:
-    """The arrays of ``fashion_mini``: images uint8 [n, 28, 28], labels, and rows in the original files."""
+    """The arrays of ``fashion_mini``: images uint8 [n, 28, 28], labels, rows in the originals."""
     with np.load(EMBEDDED) as file:
         return dict(file)
 
 
 def _fashion_mini() -> Source:
-    arrays = embedded()
-    images = np.concatenate([arrays[f"{part}_images"] for part in ("train", "test")])
+    arrays, both = embedded(), ("train", "test")
+    images, labels = (
+        np.concatenate([arrays[f"{part}_{kind}"] for part in both]) for kind in ("images", "labels")
+    )
     things = [Image.fromarray(image) for image in images]
     return Source(
         name="fashion_mini",
         origin=("dataset", "fashion_mini"),
         classes=tuple(torchvision.datasets.FashionMNIST.classes),
-        ids=tuple(f"{part}/{row:05d}" for part in ("train", "test") for row in arrays[f"{part}_rows"]),
-        labels=np.concatenate([arrays[f"{part}_labels"] for part in ("train", "test")]).astype(np.int64),
-        parts=np.repeat(["train", "test"], [len(arrays["train_images"]), len(arrays["test_images"])]),
+        ids=tuple(f"{part}/{row:05d}" for part in both for row in arrays[f"{part}_rows"]),
+        labels=labels.astype(np.int64),
+        parts=np.repeat(both, [len(arrays[f"{part}_rows"]) for part in both]),
         digests=tuple(decode.digest(thing) for thing in things),
         sizes=np.full((len(images), 2), 28),
         bad={},
@@ -287,12 +317,11 @@ def _fashion_mini() -> Source:
 # torchvision
 
 FAILED = (
-    *(OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AssertionError, ImportError),
+    *(OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AssertionError),
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, pickle.UnpicklingError),
-    http.client.HTTPException,
+    *(http.client.HTTPException, ImportError),
 )
 """What torchvision raises when files are missing or damaged, or cannot be fetched."""
-
 
 
 class Things:
@@ -317,7 +346,7 @@ class Things:
 
 
 def _torchvision(name: str, row: Row, root: Path) -> Source:
-    opened = cache(lambda: _get(name, row, root))  # when all is cached, torchvision need not read it again
+    opened = cache(lambda: _get(name, row, root))  # at most once, and not when all is cached
     path = folder.index_path("torchvision", name, os.path.realpath(root))
     kept = folder.read_index(path)
     if kept is None or kept["mark"] != _mark(row, root):
@@ -342,16 +371,13 @@ def _torchvision(name: str, row: Row, root: Path) -> Source:
 def _mark(row: Row, root: Path) -> str:
     """Changes when any file below the root does, or what is read there."""
     mark = hashlib.sha256(f"{torchvision.__version__} {row}".encode())
-    for top, folders, files in os.walk(root):
-        folders.sort()
-        for name in sorted(files):
-            stamp = folder.stamp_of(os.stat(os.path.join(top, name)))
-            mark.update(f"{os.path.join(top, name)} {stamp}\n".encode(errors="surrogateescape"))
+    for entry in folder.walk(root) if root.exists() else ():
+        mark.update(f"{entry.path} {folder.stamp(entry)}\n".encode(errors="surrogateescape"))
     return mark.hexdigest()
 
 
 def _examine(name: str, row: Row, root: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of every image, as it is kept in the index: id, label, part, digest and size."""
+    """What is known of every image, as it is kept in the index: id, label, part, digest, size."""
     things, ids, labels, described, paths = Things(parts), [], [], [], []
     of = [part for part, images in parts.items() for _ in range(len(images))]
     number = [i for images in parts.values() for i in range(len(images))]
@@ -368,7 +394,8 @@ def _examine(name: str, row: Row, root: Path, parts: Mapping[str, Any]) -> dict[
                     ids.append(f"{of[index]}/{number[index]:05d}")
                 bar.update()
     except FAILED as error:
-        raise ParameterError("dataset", name, f"an image or label in {root} cannot be read ({decode.reason(error)})") from error
+        text = f"an image or label in {root} cannot be read ({decode.reason(error)})"
+        raise ParameterError("dataset", name, f"{text}; it needs {row.files}") from error
     if paths:
         replies = workers.describe(paths, range(len(paths)), text=f"hashing {name}")
         described = [(*(value or ("", 0, 0)), reason) for _, value, reason in replies]
@@ -378,7 +405,8 @@ def _examine(name: str, row: Row, root: Path, parts: Mapping[str, Any]) -> dict[
 
 
 def _classes(images: Any, row: Row, count: int) -> list[str]:
-    known = getattr(images, "classes", None) or getattr(images, "categories", None) or row.classes or _digits(count)
+    known = getattr(images, "classes", None) or getattr(images, "categories", None) or row.classes
+    known = known or _digits(count)
     return [name if isinstance(name, str) else name[0] for name in known]  # Imagenette has synonyms
 
 
@@ -395,15 +423,16 @@ def _get(name: str, row: Row, root: Path) -> dict[str, Any]:
             return _open(row, root, download=False)
         except FAILED as error:
             if not row.download:
-                text = f"torchvision cannot download it, nor read it from {root} ({decode.reason(error)})"
+                text = "torchvision cannot download it, nor read it from"
+                text = f"{text} {root} ({decode.reason(error)})"
                 raise ParameterError("dataset", name, f"{text}; {by_hand}") from error
     path = folder.index_path("download", os.path.realpath(root)).with_suffix(".lock")
     with store.writable():
         path.parent.mkdir(parents=True, exist_ok=True)
     with store.lock(path, f"waiting for another process that downloads {name}"):
         if marker.exists():  # and nobody is at it
-            text = f"its download was cut off; delete what is in {root}, {marker.name} too, and start again"
-            raise ParameterError("dataset", name, text)
+            text = f"its download was cut off; delete what is in {root}, {marker.name} too,"
+            raise ParameterError("dataset", name, f"{text} and start again")
         print(f"downloading {name} to {root}", file=sys.stderr, flush=True)
         try:
             with _all_or_nothing(root, marker):
@@ -420,19 +449,22 @@ def _open(row: Row, root: Path, *, download: bool) -> dict[str, Any]:
     if "download" in known:
         options["download"] = download
     asked = {part: getattr(row, part) for part in PARTS}
-    return {part: kind(str(root), **some, **options) for part, some in asked.items() if some is not None}
+    return {
+        part: kind(str(root), **some, **options) for part, some in asked.items() if some is not None
+    }
 
 
 @contextmanager
 def _all_or_nothing(root: Path, marker: Path) -> Iterator[None]:
-    """Takes away what came newly when the download fails: torchvision would take half a dataset for all of it."""
+    """Takes away what came newly when the download fails: torchvision would take half for all."""
     root.mkdir(parents=True, exist_ok=True)
     before = {marker, *root.rglob("*")}
     marker.touch()
     try:
         yield
     except BaseException:
-        for path in sorted(set(root.rglob("*")) - before, reverse=True):  # what is in a folder goes before it
+        new = set(root.rglob("*")) - before
+        for path in sorted(new, reverse=True):  # what is in a folder goes before it
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         raise
     finally:

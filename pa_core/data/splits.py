@@ -14,13 +14,13 @@ from pa_core.params import ParameterError, derived_seed
 
 FIFTH = 5
 TEST_SEED = 0
-"""The fifth that is set aside is the same for every seed, or test images would be trained on in another run."""
+"""The fifth set aside is the same for every seed, or another run would train on test images."""
 FOLDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Rows (int64, ascending) of each part, and those left out of training or validation as copies."""
+    """Rows (int64, ascending) of each part, and those left out as copies."""
 
     train: np.ndarray
     val: np.ndarray
@@ -43,10 +43,11 @@ def split(
 ) -> Split:
     """Test, validation and training rows.
 
-    The test part is the official one; else a fifth of each class, the same for every seed, fold and number of folds.
-    The validation part is the official one; else fold ``fold`` of ``folds``, stratified and shuffled by ``seed``.
-    Copies (same digest) follow the first of them. Training copies of a test or official validation image,
-    and such validation copies of a test image, are left out.
+    The test part is the official one; else a fifth of each class, the same for every seed, fold and
+    number of folds. The validation part is the official one; else fold ``fold`` of ``folds``,
+    stratified and shuffled by ``seed``. Copies (same digest) follow the first of them. Training
+    copies of a test or official validation image, and such validation copies of a test image, are
+    left out.
 
     Args:
         rows: int64 [n], the rows to split.
@@ -55,8 +56,8 @@ def split(
         origin: parameter and value to name when the images do not suffice.
 
     Raises:
-        ParameterError: an official part is empty, a class is too small, or folds are asked for where the
-            validation images are given.
+        ParameterError: an official part is empty, a class is too small, or folds are asked for
+            where the validation images are given.
     """
     by_part = {part: rows[parts[rows] == part] for part in ("train", "val", "test")}
     given = {part for part in by_part if part in parts}
@@ -66,15 +67,13 @@ def split(
     _check_folds(given, folds, fold)
     content = np.unique(np.asarray(digests), return_inverse=True)[1]
     train, val, test = by_part["train"], by_part["val"], by_part["test"]
-    if "test" not in given:
-        _check_counts(train, labels, content, classes, origin, given, folds)
-        test, train = _side(train, _fifth(_firsts(train, content), labels), content)
     kept_val = val[~np.isin(content[val], content[test])]
     kept = train[~np.isin(content[train], content[np.concatenate([test, val])])]
     dropped = np.sort(np.concatenate([np.setdiff1d(train, kept), np.setdiff1d(val, kept_val)]))
     train, val = kept, kept_val
-    if "test" in given:
-        _check_counts(train, labels, content, classes, origin, given, folds)
+    _check_counts(train, labels, content, classes, origin, given, folds)
+    if "test" not in given:
+        test, train = _side(train, _fifth(_firsts(train, content), labels), content)
     if "val" not in given:
         firsts = _firsts(train, content)
         kfold = StratifiedKFold(folds, shuffle=True, random_state=_state(seed, "folds"))
@@ -91,8 +90,8 @@ def split(
 def _check_folds(given: set[str], folds: int, fold: int) -> None:
     for name, value, default in (("folds", folds, FOLDS), ("fold", fold, 0)):
         if "val" in given and value != default:
-            allowed = f"the dataset has its own validation images, so it can only be {default}, which is ignored"
-            raise ParameterError(name, value, allowed)
+            text = "the dataset has its own validation images, so it has no effect"
+            raise ParameterError(name, value, f"{text}; allowed is {default}")
 
 
 def _check_counts(
@@ -105,15 +104,17 @@ def _check_counts(
     folds: int,
 ) -> None:
     """Each class needs an image in each fold, after the fifth for the test."""
-    after = 1 if "val" in given else folds
-    needed = after if "test" in given else next(n for n in range(2, 2 * after + 2) if n - _of(n) >= after)
+    needed, why = (1, []) if "val" in given else (folds, [f"folds = {folds}"])
+    if "test" not in given:
+        needed = next(n for n in range(2, 2 * needed + 2) if n - _of(n) >= needed)
+        why.append("a fifth as test images")
     counts = np.bincount(labels[_firsts(train, content)], minlength=len(classes))
-    small = [f"{name} has {count}" for name, count in zip(classes, counts, strict=True) if count < needed]
-    if small:
-        why = "" if "val" in given else f" for folds = {folds}"
-        why += "" if "test" in given else (" and" if why else " for") + " a fifth as test images"
-        text = f"each class needs at least {needed} different training images{why}"
-        raise ParameterError(*origin, f"{text}, and {len(small)} of {len(classes)} are too small: {', '.join(small)}")
+    counted = zip(classes, counts, strict=True)
+    if small := [f"{name} has {count}" for name, count in counted if count < needed]:
+        purpose = f" for {' and '.join(why)}" if why else ""
+        text = f"each class needs at least {needed} different training images{purpose}"
+        text = f"{text}, and {len(small)} of {len(classes)} are too small: {', '.join(small)}"
+        raise ParameterError(*origin, text)
 
 
 def _of(n: int) -> int:
@@ -122,11 +123,12 @@ def _of(n: int) -> int:
 
 
 def _fifth(firsts: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """A fifth of each class. What other classes hold does not matter, so one more class changes nothing here."""
+    """A fifth of each class, whatever the other classes hold."""
     chosen = []
     for label in np.unique(labels[firsts]):
         members = firsts[labels[firsts] == label]
-        chosen.append(train_test_split(members, test_size=_of(len(members)), random_state=TEST_SEED)[1])
+        count = _of(len(members))
+        chosen.append(train_test_split(members, test_size=count, random_state=TEST_SEED)[1])
     return np.concatenate(chosen)
 
 
@@ -135,10 +137,10 @@ def _firsts(rows: np.ndarray, content: np.ndarray) -> np.ndarray:
     return rows[np.sort(np.unique(content[rows], return_index=True)[1])]
 
 
-def _side(rows: np.ndarray, chosen: np.ndarray, content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _side(rows: np.ndarray, chosen: np.ndarray, content: np.ndarray) -> list[np.ndarray]:
     """Rows whose content was chosen, and the others."""
     with_it = np.isin(content[rows], content[chosen])
-    return rows[with_it], rows[~with_it]
+    return [rows[with_it], rows[~with_it]]
 
 
 def _fraction(rows: np.ndarray, labels: np.ndarray, fraction: float, state: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Images decoded once: uint8 [N, 3, S, S] in a file of the data home, mapped into memory.
 
-The file's name is made of what is in it (the digests of the images, in order, and the size), so that it is found
-again wherever the images lie, and never used for others. It is written under another name and moved into place
-when it is whole. A process that is killed meanwhile loses the lock, and the next one starts over.
+The file's name is made of what is in it (the digests of the images, in order, and the size), so
+that it is found again wherever the images lie, and never used for others. It is written under
+another name and moved into place when it is whole. A process that is killed meanwhile loses the
+lock, and the next one starts over.
 """
 
 from __future__ import annotations
@@ -23,6 +24,14 @@ from filelock import FileLock, Timeout
 from pa_core.data import decode, workers
 from pa_core.params import ParameterError, data_home
 
+_ELSEWHERE = (
+    "allowed is a folder for downloads and image caches that can be written, set by the "
+    "variable PA_DATA"
+)
+_UNWRITABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC}
+)
+
 Pixels = tuple[np.ndarray, dict[int, str]]
 """uint8 [N, 3, S, S], and the rows that could not be decoded (zeros), with reasons."""
 
@@ -42,6 +51,7 @@ def images(
         digests: of each, as :func:`pa_core.data.decode.digest` gives it.
         size: pixels per side.
         title: what to call them in the progress.
+
     Raises:
         ParameterError: the data home cannot be written.
         decode.Changed: a file changed while it was read.
@@ -50,7 +60,8 @@ def images(
     shape = (len(digests), 3, size, size)
     found = _open(path, shape)
     if found is None:
-        with writable(), lock(path.with_suffix(".lock"), f"waiting for another process that decodes {title}"):
+        waiting = f"waiting for another process that decodes {title}"
+        with writable(), lock(path.with_suffix(".lock"), waiting):
             found = _open(path, shape) or _build(path, things(), digests, shape, title)
     return found
 
@@ -66,14 +77,20 @@ def _open(path: Path, shape: tuple[int, ...]) -> Pixels | None:
         bad = json.loads(path.with_suffix(".json").read_bytes())
         array = np.load(path, mmap_mode="r")
     except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
-        return None  # numpy raises ValueError for a header it cannot read and for a file that is too short
-    if array.shape != shape or array.dtype != np.uint8:
+        # numpy raises ValueError for a header it cannot read and for a file that is too short.
+        return None
+    whole = array.offset + array.nbytes == path.stat().st_size
+    if array.shape != shape or array.dtype != np.uint8 or not whole:
         return None
     return np.asarray(array), {int(row): reason for row, reason in bad.items()}
 
 
 def _build(
-    path: Path, things: Sequence[decode.Thing], digests: Sequence[str], shape: tuple[int, ...], title: str
+    path: Path,
+    things: Sequence[decode.Thing],
+    digests: Sequence[str],
+    shape: tuple[int, ...],
+    title: str,
 ) -> Pixels:
     """Decode into a new file beside ``path``, then move it there."""
     part = path.with_suffix(".part")
@@ -104,9 +121,6 @@ def _check_space(folder: Path, needed: int) -> None:
         raise ParameterError("PA_DATA", str(data_home()), f"{text}; {_ELSEWHERE}")
 
 
-_ELSEWHERE = "allowed is a folder for downloads and image caches that can be written, set by the variable PA_DATA"
-
-
 @contextmanager
 def writable() -> Iterator[None]:
     """Makes the cache's folder, and says in a sentence when something cannot be written there."""
@@ -114,8 +128,7 @@ def writable() -> Iterator[None]:
         cache_home().mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
-                               errno.ENOSPC, errno.EDQUOT):  # fmt: skip
+        if error.errno not in _UNWRITABLE:
             raise
         text = f"nothing can be written there ({os.strerror(error.errno)}); {_ELSEWHERE}"
         raise ParameterError("PA_DATA", str(data_home()), text) from error

@@ -28,7 +28,9 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def describe(things: Sequence[decode.Thing], rows: Sequence[int], *, text: str) -> Iterator[decode.Reply]:
+def describe(
+    things: Sequence[decode.Thing], rows: Sequence[int], *, text: str
+) -> Iterator[decode.Reply]:
     """Replies with (digest, height, width) of the given rows, in their order."""
     jobs = ((row, things[row], None) for row in rows)
     return _work(decode.Describe(), ["describe"], jobs, len(rows), text=text)
@@ -63,7 +65,8 @@ def _work(
     *,
     text: str,
 ) -> Iterator[decode.Reply]:
-    chunks = iter(lambda: list(islice(jobs, CHUNK)), [])  # lazily: some sources decode when asked for an image
+    # Lazily: some sources decode an image when they are asked for it.
+    chunks = iter(lambda: list(islice(jobs, CHUNK)), [])
     first = next(chunks, [])
     # Pixels that are in memory already are not worth the way to another process.
     elsewhere = count > FEW and cores() > 1 and isinstance(first[0][1], str)
@@ -122,10 +125,9 @@ def _processes(arguments: list[str], count: int) -> Iterator[queue.SimpleQueue]:
     started: list[subprocess.Popen] = []
     idle: queue.SimpleQueue = queue.SimpleQueue()
     try:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         for _ in range(count):
-            started.append(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            )
+            started.append(subprocess.Popen(command, **pipes))
             idle.put(started[-1])
         yield idle
     finally:
@@ -146,7 +148,7 @@ class _Lines:
 
 
 def progress(total: int, text: str) -> tqdm:
-    """A bar on a terminal, a line every ten seconds elsewhere, nothing when it takes under a second."""
+    """A bar on a terminal, elsewhere a line every ten seconds; nothing within a second."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=text, unit=" images", delay=1, file=sys.stderr)
     shown = "{desc}: {n_fmt} of {total_fmt} images, {elapsed}"

@@ -2,8 +2,8 @@
 
     python -m pa_core.fashion_mini.draw SOURCE OUT
 
-SOURCE is a folder with the four idx files, gzipped, e.g. that of Debian's package dataset-fashion-mnist. OUT is a
-folder; ``fashion_mini.npz`` is written there.
+SOURCE is a folder with the four idx files, gzipped, e.g. that of Debian's package
+dataset-fashion-mnist. OUT is a folder; ``fashion_mini.npz`` is written there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ PREFIX = {"train": "train", "test": "t10k"}
 
 
 def idx(path: Path) -> np.ndarray:
-    """An array of bytes from a gzipped idx file: 0, 0, type 8, number of axes, their lengths (big-endian), values.
+    """An array of bytes from a gzipped idx file: 0, 0, type 8, number of axes, their lengths
+    (big-endian), values.
 
     Raises:
         ValueError: this is no such file.
@@ -34,7 +35,8 @@ def idx(path: Path) -> np.ndarray:
 
 
 def draw(source: Path) -> dict[str, np.ndarray]:
-    """For ``train`` and ``test``: images uint8 [n, 28, 28], labels uint8 [n], rows uint16 [n] in the original files.
+    """For ``train`` and ``test``: images uint8 [n, 28, 28], labels uint8 [n], rows uint16 [n] in
+    the original files.
 
     Each class gives the same number; rows ascend.
     """
@@ -44,7 +46,9 @@ def draw(source: Path) -> dict[str, np.ndarray]:
     for part, count in PER_CLASS.items():
         images = idx(source / f"{PREFIX[part]}-images-idx3-ubyte.gz")
         labels = idx(source / f"{PREFIX[part]}-labels-idx1-ubyte.gz")
-        chosen = [random.permutation(np.flatnonzero(labels == label))[:count] for label in range(10)]
+        chosen = [
+            random.permutation(np.flatnonzero(labels == label))[:count] for label in range(10)
+        ]
         rows = np.sort(np.concatenate(chosen))
         drawn |= {f"{part}_images": images[rows], f"{part}_labels": labels[rows]}
         drawn[f"{part}_rows"] = rows.astype(np.uint16)

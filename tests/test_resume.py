@@ -1,0 +1,383 @@
+"""A run that was killed ends as one that was not: real processes, real ``kill -9``, files compared bit for bit.
+
+A process is killed from outside at a moment read off the run's directory, or kills itself where it replaces a file,
+at points too short to be hit from outside.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from pa_core import experiment
+from pa_core.params import Experiment
+from pa_core.runs import Run, RunError, load_checkpoint, read_metrics
+
+if not hasattr(signal, "SIGKILL"):
+    pytest.skip("needs kill -9", allow_module_level=True)
+
+# Processes are forked off one that has imported torch, and done nothing else: no import at each start.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pa_core.experiment"])
+
+Settings = dict[str, Any]
+LONG: Settings = {  # a proxy step of seconds, in two chunks: there is time to kill it between them
+    "schedule": "2,p,1",
+    "train_fraction": 0.15,
+    "folds": 20,
+    "xai": "integrated_gradients",
+    "fraction": 0.12,
+    "device": "cpu",
+}
+SHORT: Settings = {  # a network that uses dropout, and thus the global RNG; all proxies are kept
+    "model": "ghostnet_050",
+    "schedule": "1,p,2,p,1",
+    "overlay": "append",
+    "keep_proxies": "all",
+    "train_fraction": 0.02,
+    "folds": 40,
+    "xai": "gradcam",
+    "device": "cpu",
+}
+
+
+# Processes that train
+
+
+def worker(settings: Settings, log: Path, threads: int, die: tuple | None, options: dict[str, Any]) -> None:
+    torch.set_num_threads(threads)
+    if die:
+        die_at(*die)
+    with open(log, "a", buffering=1) as file:
+        experiment.run(Experiment(**settings), log=lambda text: print(text, file=file), **options)
+
+
+def die_at(name: str, when: str, count: int) -> None:
+    """Let this process kill itself just before or after the ``count``-th time that it puts ``name`` in its place."""
+    seen = 0
+
+    def dying(real: Callable[..., None]) -> Callable[..., None]:
+        def move(source: Any, target: Any, **keywords: Any) -> None:
+            nonlocal seen
+            here = Path(target).name == name
+            seen += here
+            if here and (when, seen) == ("before", count):
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target, **keywords)
+            if here and (when, seen) == ("after", count):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return move
+
+    os.replace, os.rename = dying(os.replace), dying(os.rename)
+
+
+class Training:
+    """A process that trains; its log and its run lie under ``folder``."""
+
+    def __init__(
+        self, settings: Settings, folder: Path, *, name: str = "", threads: int = 1, die: tuple | None = None, **options: Any
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.runs, self.log_file = folder / "runs", folder / f"log{name}.txt"
+        self.log_file.touch()
+        arguments = (settings | {"runs_dir": str(self.runs)}, self.log_file, threads, die, options)
+        self.process = PROCESSES.Process(target=worker, args=arguments, daemon=True)
+        self.process.start()
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def wait(self) -> Path:
+        """The finished run's directory."""
+        self.process.join(300)
+        assert self.process.exitcode == 0, self.log
+        return the_run(self.runs)
+
+    def wait_for(self, moment: Callable[[Path], bool]) -> Path:
+        """Until something holds of the run's directory."""
+        end = time.monotonic() + 120
+        while not ((path := the_run(self.runs)) and moment(path)):
+            assert self.process.is_alive(), f"ended before the moment came:\n{self.log}"
+            assert time.monotonic() < end, f"the moment does not come:\n{self.log}"
+            time.sleep(0.002)
+        return path
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.died()
+
+    def died(self) -> None:
+        self.process.join(120)
+        assert self.process.exitcode == -signal.SIGKILL, self.log
+
+
+def the_run(runs: Path) -> Path | None:
+    """The one run under ``runs``."""
+    found = list(runs.iterdir()) if runs.is_dir() else []
+    assert len(found) <= 1, found
+    return found[0] if found else None
+
+
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory):
+    """settings -> the directory of a run that was never killed, made once."""
+    made: dict[str, Path] = {}
+
+    def get(settings: Settings) -> Path:
+        key = json.dumps(settings)
+        if key not in made:
+            made[key] = Training(settings, tmp_path_factory.mktemp("unkilled")).wait()
+        return made[key]
+
+    return get
+
+
+# What is compared
+
+
+def same(path: Path, reference: Path) -> None:
+    """Fails unless two finished runs hold the same but for times."""
+    one, other = Run(path), Run(reference)
+    assert one.finished and other.finished
+    assert timeless(one.summary) == timeless(other.summary)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [timeless(row) for row in lines] == [timeless(row) for row in read_metrics(reference)]
+    for name in ("digest", "split_digest", "threads", "batch_size", "model"):
+        assert one.manifest[name] == other.manifest[name]
+    result = ("weights.safetensors", "predictions.csv", "classes.csv")
+    proxies = sorted(f.relative_to(reference) for f in reference.glob("proxies/*/*"))
+    assert len(proxies) >= 4
+    assert sorted(f.relative_to(path) for f in path.glob("proxies/*/*")) == proxies
+    for name in (*result, *proxies):
+        assert (path / name).read_bytes() == (reference / name).read_bytes(), name
+    assert not (path / "checkpoint.pt").exists() and not list(path.rglob("*.part"))
+
+
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if not k.endswith("seconds") and k != "images_per_second"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+# Moments
+
+
+def lines(path: Path) -> int:
+    file = path / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def saved(path: Path) -> bool:
+    """Whether the checkpoint is newer than the last line."""
+    checkpoint, metrics = path / "checkpoint.pt", path / "metrics.jsonl"
+    return checkpoint.exists() and checkpoint.stat().st_mtime_ns > metrics.stat().st_mtime_ns
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+class Moment(NamedTuple):
+    """When to kill, and what must be true of the directory afterwards.
+
+    Attributes:
+        reached: of the run's directory.
+        into: how much of an epoch's time to let pass then.
+        lines: of metrics.jsonl.
+        steps: folders of proxy steps.
+        checkpoint: (epochs, proxy steps) that it holds; more than one possibility where the kill races with it.
+    """
+
+    reached: Callable[[Path], bool]
+    into: float
+    lines: int
+    steps: tuple[str, ...]
+    checkpoint: tuple[tuple[int, int] | None, ...]
+
+
+MOMENTS = {
+    "before the first line": Moment(lambda p: Run(p).manifest != {}, 0, 0, (), (None,)),
+    "at the first line": Moment(lambda p: lines(p) == 1, 0, 1, (), (None, (1, 0))),
+    "within epoch 2": Moment(lambda p: lines(p) == 1 and saved(p), 0.5, 1, (), ((1, 0),)),
+    "within the proxy step": Moment(lambda p: size(p / "proxies/step_1.part/images.npy") > 0, 0, 2, ("step_1.part",), ((2, 0),)),
+    "within the epoch after it": Moment(lambda p: (p / "proxies/step_1").exists(), 0.4, 2, ("step_1",), ((2, 1),)),
+    "at the last line": Moment(lambda p: lines(p) == 3, 0, 3, ("step_1",), ((2, 1), (3, 1))),
+    "while the test images are read": Moment(lambda p: lines(p) == 3 and saved(p), 0.2, 3, ("step_1",), ((3, 1),)),
+}
+
+
+def kill_at(training: Training, moment: Moment) -> Path:
+    """Kill a process and see that it was in the middle of what was meant."""
+    path = training.wait_for(moment.reached)
+    if moment.into:
+        time.sleep(moment.into * read_metrics(path)[-1]["seconds"])
+    training.kill()
+    assert lines(path) == moment.lines
+    assert tuple(f.name for f in path.glob("proxies/*")) == moment.steps
+    state = load_checkpoint(path)
+    assert (state and (state["state"]["epoch"], len(state["records"]))) in moment.checkpoint
+    assert Run(path).manifest["status"] == "running" and not (path / "summary.json").exists()
+    return path
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_killed_and_started_again_it_ends_as_one_that_was_not(tmp_path, unkilled, name):
+    reference = unkilled(LONG)
+    path = kill_at(Training(LONG, tmp_path), MOMENTS[name])
+    if name == "within the proxy step":
+        assert 0 < size(path / "proxies/step_1.part/images.npy") < size(reference / "proxies/step_1/images.npy")
+    again = Training(LONG, tmp_path)
+    assert again.wait() == path
+    assert ("continuing" in again.log) == (MOMENTS[name].checkpoint != (None,)) or name == "at the first line"
+    same(path, reference)
+
+
+def test_killed_twice_and_continued_with_other_threads(tmp_path, unkilled):
+    """The sums of floats depend on the number of threads, so a run goes on with the number it began with."""
+    kill_at(Training(LONG, tmp_path), MOMENTS["within epoch 2"])
+    path = kill_at(Training(LONG, tmp_path, threads=2), MOMENTS["within the epoch after it"])
+    again = Training(LONG, tmp_path, threads=2)
+    same(again.wait(), unkilled(LONG))
+    assert Run(path).manifest["threads"] == 1
+    assert "epoch 3/3" in again.log and "epoch 2/3" not in again.log  # nothing was done over
+
+
+# name of the file or folder that is put in its place, just before or after, for which time, lines in metrics.jsonl then
+DEATHS = [
+    ("manifest.json", "before", 1, 0),
+    ("checkpoint.pt", "before", 1, 1),
+    ("checkpoint.pt", "after", 1, 1),
+    ("step_1", "before", 1, 1),
+    ("step_1", "after", 1, 1),
+    ("checkpoint.pt", "after", 1, 1),
+    ("checkpoint.pt", "before", 2, 3),
+    ("metrics.jsonl", "before", 1, 3),  # cut back to the checkpoint
+    ("metrics.jsonl", "after", 1, 2),
+    ("step_2", "after", 1, 3),
+    ("predictions.csv", "after", 1, 4),
+    ("weights.safetensors", "after", 1, 4),
+    ("summary.json", "after", 1, 4),
+    ("manifest.json", "before", 2, 4),
+]
+
+
+def test_killed_around_every_file_that_is_written(tmp_path, unkilled):
+    """One run, killed fourteen times; with dropout, and with all proxies kept and appended."""
+    for name, when, count, expected in DEATHS:
+        Training(SHORT, tmp_path, die=(name, when, count)).died()
+        path = the_run(tmp_path / "runs")
+        assert lines(path) == expected, (name, when)
+        assert not Run(path).finished
+    same(Training(SHORT, tmp_path).wait(), unkilled(SHORT))
+
+
+def test_killed_when_all_is_written_it_is_finished(tmp_path, unkilled):
+    Training(SHORT, tmp_path, die=("manifest.json", "after", 2)).died()
+    assert Run(the_run(tmp_path / "runs")).finished
+    again = Training(SHORT, tmp_path, name="2")
+    same(again.wait(), unkilled(SHORT))
+    assert "finished before" in again.log and "epoch" not in again.log
+
+
+# Two processes
+
+
+def test_of_two_processes_one_trains_and_the_other_gets_its_run(tmp_path, unkilled):
+    both = [Training(LONG, tmp_path, name=name) for name in "ab"]
+    path = both[0].wait()
+    assert both[1].wait() == path
+    waited, trained = sorted((training.log for training in both), key=len)
+    assert waited.splitlines()[0].startswith("another process trains") and "finished before" in waited
+    assert "epoch" not in waited and trained.count("epoch ") == 3
+    same(path, unkilled(LONG))
+
+
+def test_who_waits_goes_on_when_the_other_is_killed(tmp_path, unkilled):
+    first = Training(LONG, tmp_path, name="a")
+    first.wait_for(lambda path: lines(path) == 1 and saved(path))
+    second = Training(LONG, tmp_path, name="b")
+    path = second.wait_for(lambda _path: "another process trains" in second.log)
+    assert lines(path) < 3
+    first.kill()
+    same(second.wait(), unkilled(LONG))
+    assert "continuing" in second.log
+
+
+# Within one process: pause, tampering, finished runs
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(tmp_path: Path, settings: Settings, **options: Any) -> Run:
+    return experiment.run(Experiment(**settings, runs_dir=str(tmp_path / "runs")), log=lambda _text: None, **options)
+
+
+def test_paused_and_continued_it_ends_as_one_that_was_not(tmp_path, unkilled, one_thread):
+    torch.manual_seed(1)
+    paused = run(tmp_path, SHORT, until_step=1)
+    assert paused.manifest["status"] == "paused" and not paused.finished and lines(paused.path) == 1
+    assert [f.name for f in paused.path.glob("proxies/*")] == ["step_1"]
+    before = contents(paused.path / "proxies")
+    run(tmp_path, SHORT, until_step=1)  # is there already
+    assert lines(paused.path) == 1 and contents(paused.path / "proxies") == before
+    with open(paused.path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "stage": 1, "train_lo')  # killed while it wrote
+    assert len(paused.metrics) == 1
+    torch.manual_seed(2)  # what else the process does with the RNG does not matter
+    assert run(tmp_path, SHORT, until_step=2).manifest["status"] == "paused" and lines(paused.path) == 3
+    done = run(tmp_path, SHORT)
+    same(done.path, unkilled(SHORT))
+    before = contents(done.path)
+    assert run(tmp_path, SHORT, until_step=1).finished and run(tmp_path, SHORT).finished  # at once
+    assert contents(done.path) == before
+
+
+def test_the_callers_rng_and_threads_are_left_as_found(tmp_path, one_thread):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(tmp_path, SHORT | {"schedule": "1"})
+    assert torch.equal(torch.rand(3), expected) and torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("name", ["split_digest", "digest"])
+def test_what_does_not_belong_to_the_run_is_not_continued(tmp_path, unkilled, name):
+    shutil.copytree(unkilled(LONG), tmp_path / "runs" / unkilled(LONG).name)
+    path = the_run(tmp_path / "runs")
+    manifest = Run(path).manifest | {name: "0123abcd", "status": "running"}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(path)
+    with pytest.raises(RunError, match=rf"its {name} is 0123abcd, and would now be [0-9a-f]{{64}}") as caught:
+        run(tmp_path, LONG)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert contents(path) == before
+
+
+def test_a_finished_run_is_returned_and_rerun_makes_it_beside_the_old(tmp_path, unkilled, one_thread):
+    shutil.copytree(unkilled(SHORT), tmp_path / "runs" / unkilled(SHORT).name)
+    old = the_run(tmp_path / "runs")
+    before = contents(old)
+    assert run(tmp_path, SHORT).path == old
+    new = run(tmp_path, SHORT, rerun=True)
+    assert new.path == old.with_name(f"{old.name}~2") and new.finished
+    same(new.path, old)
+    assert run(tmp_path, SHORT).path == old
+    assert contents(old) == before
