@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pa_core import attribution, data, metrics, models, runs, schedule, selection, train
 from pa_core.masking import to_float
-from pa_core.params import Experiment, ParameterError, derived_seed, runs_home
+from pa_core.params import Experiment, ParameterError, derived_seed, runs_home, shown
 from pa_core.proxy import Overlay, Proxies, Record, choose, examples, make_proxies, proxy_step
 from pa_core.runs import Run, RunError
 
@@ -123,7 +123,7 @@ def run(experiment: Experiment, *, rerun: bool = False, until_step: int | None =
     with runs.lock(path, log), torch.random.fork_rng(), _threads(Run(path).manifest.get("threads")):
         if Run(path).finished:
             stale = "; it was made by other code than this, rerun=True makes it anew" if Run(path).stale else ""
-            log(f"finished before: {path}{stale}")
+            log(f"finished before: {shown(path)}{stale}")
             return Run(path)
         walk = _begin(prepared, path, log)
         try:
@@ -238,7 +238,8 @@ def _new_manifest(prepared: Prepared, batch_size: int) -> dict[str, Any]:
         "parameters": e.to_dict(),
         "effective": e.effective(),
         "started": runs.now(),
-        "command": runs.command(),
+        "command": e.command("03_proxy_loop" if schedule.steps(e.schedule) else "02_training"),
+        "process": runs.process(),
         "code_version": runs.code_version(),
         "git_commit": runs.git_commit(),
         "versions": runs.versions(),
@@ -372,7 +373,7 @@ def _finish(walk: _Walk) -> None:
     wall_time = (pd.Timestamp(runs.now()) - started).total_seconds()
     runs.update_manifest(path, status=runs.FINISHED, finished=runs.now(), wall_time=wall_time)
     (path / "checkpoint.pt").unlink(missing_ok=True)
-    walk.log(f"test accuracy {summary['test_accuracy']:.3f} on {summary['n_test']} images, seed {e.seed}; the run is in {path}")
+    walk.log(f"test accuracy {summary['test_accuracy']:.3f} on {summary['n_test']} images, seed {e.seed}; the run is in {shown(path)}")
 
 
 def predictions(logits: Tensor, part: data.Part, classes: tuple[str, ...]) -> pd.DataFrame:
@@ -466,16 +467,6 @@ def stored_proxies(run: Run, dataset: data.Dataset, *, step: int = 1, count: int
     rows, names = run.proxies(step).head(len(made)), dataset.classes
     seen = zip(rows["label"], rows["predicted"], strict=True)
     return made, [f"{names[label]}\n→ {names[guess]}" for label, guess in seen]
-
-
-def plain_command(experiment: Experiment) -> str:
-    """The command that makes the plain run of equal length."""
-    options = " ".join(f"-p {name} {value}" for name, value in experiment.plain().to_dict().items() if _given(name, value))
-    return f"papermill notebooks/02_training.ipynb runs/notebooks/02_training.ipynb {options}"
-
-
-def _given(name: str, value: Any) -> bool:
-    return value != getattr(Experiment(), name)
 
 
 def side_by_side(named: dict[str, Run]) -> pd.DataFrame:

@@ -6,8 +6,8 @@ Figures are plain ``matplotlib.figure.Figure`` objects: nothing here touches pyp
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,30 +52,40 @@ def figures_home(figures_dir: str = "figures/quick") -> Path:
     return home() / path if figures_dir == "figures/quick" else path.absolute()
 
 
-@styled
-def save(
-    figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run] = (), figures_dir: str = "figures/quick"
-) -> Path:
-    """Write NAME.png, NAME.svg, NAME.csv (what was drawn) and NAME.json (which runs, code and command it came from).
+@dataclass(frozen=True, kw_only=True)
+class Album:
+    """Where a notebook saves its figures, and the command that draws them again.
 
-    Returns:
-        The path of the png.
+    Attributes:
+        figures_dir: see :func:`figures_home`.
+        command: kept in every figure's provenance.
     """
-    folder = figures_home(figures_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    table.to_csv(folder / f"{name}.csv", index=False)
-    provenance = {
-        "figure": name,
-        "runs": [_origin(run) for run in used],
-        "git_commit": runs.git_commit(),
-        "code_version": runs.code_version(),
-        "command": os.environ.get("PA_COMMAND") or runs.command(),
-        "made": runs.now(),
-    }
-    (folder / f"{name}.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    return folder / f"{name}.png"
+
+    figures_dir: str = "figures/quick"
+    command: str
+
+    @styled
+    def save(self, figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run] = ()) -> Path:
+        """Write NAME.png, NAME.svg, NAME.csv (what was drawn) and NAME.json (which runs, code and command it came from).
+
+        Returns:
+            The path of the png.
+        """
+        folder = figures_home(self.figures_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        table.to_csv(folder / f"{name}.csv", index=False)
+        provenance = {
+            "figure": name,
+            "runs": [_origin(run) for run in used],
+            "git_commit": runs.git_commit(),
+            "code_version": runs.code_version(),
+            "command": self.command,
+            "made": runs.now(),
+        }
+        (folder / f"{name}.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        return folder / f"{name}.png"
 
 
 def saved(figures_dir: str = "figures/quick") -> pd.DataFrame:

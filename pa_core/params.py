@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -62,6 +63,11 @@ def home() -> Path:
     """The repository's root when pa_core is used from a checkout, else the working directory."""
     root = Path(__file__).resolve().parents[1]
     return root if (root / "pyproject.toml").is_file() else Path.cwd()
+
+
+def shown(path: Path) -> str:
+    """A path as it is printed: within the repository from its root, so that a notebook names nobody's home folder."""
+    return path.relative_to(home()).as_posix() if path.is_relative_to(home()) else str(path)
 
 
 def data_home() -> Path:
@@ -384,6 +390,16 @@ class Experiment:
         """
         content = {"schema": SCHEMA, "parameters": self.effective(), "data": data, "weights": weights}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def command(self, notebook: str) -> str:
+        """The papermill command that runs a notebook with these parameters."""
+        defaults = type(self)()
+        options = [
+            f"-p {field.name} {shlex.quote(str(getattr(self, field.name)))}"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(defaults, field.name)
+        ]
+        return " ".join([f"papermill notebooks/{notebook}.ipynb {notebook}.out.ipynb", *options])
 
     def to_dict(self) -> dict[str, Any]:
         """Names and values, as they go into the manifest and a params file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -103,6 +104,13 @@ def runs_of(frame: pd.DataFrame, runs_dir: str = "runs") -> list[Run]:
 def open_run(name: str, runs_dir: str = "runs") -> Run:
     """A run by the name of its directory."""
     return Run.load(runs_home(runs_dir) / Path(name))
+
+
+def command(notebook: str, runs_dir: str = "runs", run_name: str | None = None) -> str:
+    """The papermill command that draws the analysis again."""
+    options = [f"-p runs_dir {shlex.quote(runs_dir)}"] if runs_dir != "runs" else []
+    options += [f"-p run_name {shlex.quote(run_name)}"] if run_name else []
+    return " ".join([f"papermill notebooks/{notebook}.ipynb {notebook}.out.ipynb", *options])
 
 
 def class_changes(plain: Run | None, other: Run) -> pd.DataFrame:

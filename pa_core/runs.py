@@ -266,8 +266,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def command() -> str:
-    """How this process was started."""
+def process() -> str:
+    """How this process was started; a notebook's says little, so manifests also hold the command that repeats the run."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 

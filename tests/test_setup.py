@@ -152,3 +152,27 @@ def test_parameters_are_read_without_loading_torch_or_numpy(module):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "", f"{module} loads {done.stdout}"
+
+
+DATA_CHAIN = ("decode", "workers", "store", "folder", "sources", "splits", "augment", "dataset")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pa_core" / "data").glob("*.py")), ids=lambda path: path.stem)
+def test_the_data_package_is_one_link_and_a_chain_inside(path):
+    """Outside it may import only what stands above ``data``; inside, the files before it."""
+    outside, inside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pa_core"):
+            parts = node.module.split(".")
+            if parts[1:2] == ["data"]:
+                inside |= {parts[2]} if len(parts) > 2 else {alias.name for alias in node.names}
+            else:
+                outside |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    assert outside - {"fashion_mini"} <= {"schedule", "params"}
+    if path.stem != "__init__":
+        assert path.stem in DATA_CHAIN and inside <= set(DATA_CHAIN[: DATA_CHAIN.index(path.stem)])
+
+
+def test_every_python_file_is_in_a_package_that_is_installed():
+    named = set(pyproject()["tool"]["setuptools"]["packages"])
+    assert {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "pa_core").rglob("*.py")} == named

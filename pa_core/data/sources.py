@@ -98,7 +98,7 @@ def _digits(n: int = 10) -> tuple[str, ...]:
     return tuple(f"{i:0{len(str(n - 1))}d}" for i in range(n))
 
 
-_IDX = "raw/ with the files {train,t10k}-{images-idx3,labels-idx1}-ubyte, or the same with .gz"
+_IDX = "raw/ with the unpacked files {train,t10k}-{images-idx3,labels-idx1}-ubyte"
 _BOOL = {"train": {"train": True}, "test": {"train": False}}
 _TWO = {"train": {"split": "train"}, "test": {"split": "test"}}
 _THREE = {"train": {"split": "train"}, "val": {"split": "val"}, "test": {"split": "test"}}
