@@ -164,7 +164,7 @@ def random(request: Request) -> Tensor:
 def shuffled(request: Request) -> Tensor:
     """GradCAM maps of this batch, each given to another image of it; who gets whose is seeded by the ids."""
     if len(request.ids) < 2:
-        raise ParameterError("xai", "shuffled", "allowed when a step selects at least two images, here it is one; raise fraction")
+        raise ParameterError("xai", "shuffled", "it needs at least two images, here is one; raise fraction")
     order = sorted(range(len(request.ids)), key=lambda i: derived_seed(request.seed, "shuffled", request.ids[i]))
     donor = torch.empty(len(order), dtype=torch.long)
     donor[torch.tensor(order)] = torch.tensor(order[1:] + order[:1])  # a cycle: nobody gets their own

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -70,7 +71,8 @@ def prepare(experiment: Experiment) -> Prepared:
     dtype = train.resolve_precision(experiment.precision, device)
     models.check_name(experiment.model)
     xai = attribution.resolve(experiment.xai)  # an alias is the same run
-    experiment = replace(experiment, xai=xai)
+    data_dir = experiment.data_dir and str(Path(experiment.data_dir).expanduser().absolute())
+    experiment = replace(experiment, xai=xai, data_dir=data_dir)  # so that the run can be opened from anywhere
     attribution.check(xai, smooth=experiment.smooth)
     weights = _file_digest(experiment.pretrained)
     dataset = load_data(experiment)
@@ -82,8 +84,17 @@ def prepare(experiment: Experiment) -> Prepared:
         cam_layer=experiment.cam_layer,
         seed=derived_seed(experiment.seed, "initialisation"),
     )
-    digest = experiment.digest(data=dataset.digest, weights=weights)
+    if schedule.steps(experiment.schedule):
+        _check_steps(experiment, len(dataset.train))
+    digest = experiment.digest(data=dataset.digest, image_size=dataset.image_size, weights=weights)
     return Prepared(experiment=experiment, dataset=dataset, model=model, device=device, dtype=dtype, digest=digest)
+
+
+def _check_steps(experiment: Experiment, n: int) -> None:
+    chosen = n if experiment.select == "all" else selection.count(n, experiment.fraction)
+    if experiment.xai == "shuffled" and chosen < 2:
+        allowed = f"it selects {chosen} of {n} images, and xai = shuffled needs at least two; allowed is a larger one"
+        raise ParameterError("fraction", experiment.fraction, allowed)
 
 
 def _file_digest(pretrained: bool | str) -> str:
@@ -122,6 +133,7 @@ def run(experiment: Experiment, *, rerun: bool = False, until_step: int | None =
     _make_folder(path, experiment.runs_dir)
     with runs.lock(path, log), torch.random.fork_rng(), _threads(Run(path).manifest.get("threads")):
         if Run(path).finished:
+            (path / "checkpoint.pt").unlink(missing_ok=True)  # of a process killed between the two
             stale = "; it was made by other code than this, rerun=True makes it anew" if Run(path).stale else ""
             log(f"finished before: {shown(path)}{stale}")
             return Run(path)
@@ -199,6 +211,7 @@ def _begin(prepared: Prepared, path: Path, log: Log) -> _Walk:
     if checkpoint is not None:
         state.load_state_dict(checkpoint["state"])
         records = [Record(**record) for record in checkpoint["records"]]
+        manifest = manifest | {"resumed": [*manifest.get("resumed", []), _resumption(state, manifest, log)]}
         log(f"continuing {path.name} after epoch {state.epoch}")
     runs.cut_metrics(path, state.epoch)
     if not manifest or checkpoint is None:
@@ -209,8 +222,26 @@ def _begin(prepared: Prepared, path: Path, log: Log) -> _Walk:
     return _Walk(prepared=prepared, path=path, state=state, batch_size=batch_size, records=records, board=board, log=log)
 
 
+def _resumption(state: train.State, manifest: dict[str, Any], log: Log) -> dict[str, Any]:
+    """What the manifest keeps of a resume; other code than the run began with is said."""
+    if manifest["code_version"] != runs.code_version():
+        log("the run was begun by other code than this; the manifest keeps both versions")
+    return {
+        "epoch": state.epoch,
+        "time": runs.now(),
+        "code_version": runs.code_version(),
+        "versions": runs.versions(),
+        "device_name": runs.device_name(state.device),
+    }
+
+
 def _check_resume(prepared: Prepared, manifest: dict[str, Any], path: Path) -> None:
-    for name, here in (("digest", prepared.digest), ("split_digest", prepared.dataset.split_digest)):
+    here = {
+        "digest": prepared.digest,
+        "split_digest": prepared.dataset.split_digest,
+        "precision": str(prepared.dtype).removeprefix("torch."),
+    }
+    for name, here in here.items():
         if manifest.get(name) != here:
             raise RunError(f"{path} cannot be continued: its {name} is {manifest.get(name)}, and would now be {here}")
 
@@ -249,6 +280,7 @@ def _new_manifest(prepared: Prepared, batch_size: int) -> dict[str, Any]:
         "precision": str(prepared.dtype).removeprefix("torch."),
         "batch_size": batch_size,
         "data_digest": dataset.digest,
+        "weights_digest": _file_digest(e.pretrained),
         "split_digest": dataset.split_digest,
         "classes": list(dataset.classes),
         "image_size": dataset.image_size,
@@ -275,10 +307,11 @@ def _walk(walk: _Walk, until_step: int | None) -> bool:
             return False
         row = _epoch(walk, source, stage)
         runs.append_metrics(walk.path, row)
-        runs.save_checkpoint(walk.path, _checkpoint(walk, stage))
         for name, value in row.items():
             if name not in ("epoch", "stage"):
                 walk.board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+        walk.board.flush()  # before the checkpoint, or a killed run would leave a hole
+        runs.save_checkpoint(walk.path, _checkpoint(walk, stage))
         walk.log(_line(row, len(plan)))
     return True
 
@@ -296,6 +329,8 @@ def _epoch(walk: _Walk, source: train.Source, stage: int) -> dict[str, Any]:
         seed=e.seed,
     )
     checked = _evaluate(walk, dataset.val)
+    if not math.isfinite(checked.loss):  # the last step's update is seen here first
+        raise train.NonFiniteLoss(f"the validation loss is not finite after epoch {walk.state.epoch}; a lower lr may help")
     return {
         "epoch": walk.state.epoch,
         "stage": stage,
@@ -345,6 +380,7 @@ def _make_step(walk: _Walk) -> None:
     walk.log(
         f"proxy step {step}: {record.images} of {len(walk.prepared.dataset.train)} images{fewer} by {e.select}, {e.xai}, "
         f"fill {e.fill}, {record.masked_share:.1%} masked, {record.unchanged} unchanged, {record.seconds:.1f} s"
+        + (f"; {record.blank} heatmaps say nothing (constant)" if record.blank else "")
     )
 
 
@@ -360,6 +396,8 @@ def _finish(walk: _Walk) -> None:
     """Read the test images, once, and write the results; the checkpoint shrinks to the weights."""
     path, e, dataset = walk.path, walk.experiment, walk.prepared.dataset
     tested = _evaluate(walk, dataset.test)
+    if not math.isfinite(tested.loss):
+        raise train.NonFiniteLoss(f"the test loss is not finite after epoch {walk.state.epoch}; a lower lr may help")
     table = predictions(tested.logits, dataset.test, dataset.classes)
     runs.write_csv(path / "predictions.csv", table)
     runs.write_csv(path / "classes.csv", metrics.per_class(table["label"], table["predicted"], dataset.classes))
@@ -405,6 +443,7 @@ def _summary(walk: _Walk, tested: train.Evaluation) -> dict[str, Any]:
         "proxy_images": made,
         "masked_share": sum(r.masked_share * r.images for r in records) / made if made else 0.0,
         "unchanged_proxies": sum(record.unchanged for record in records),
+        "blank_heatmaps": sum(record.blank for record in records),
         "proxy_seconds": sum(record.seconds for record in records),
         "train_seconds": sum(row["seconds"] for row in rows),
     }
@@ -446,16 +485,20 @@ class Reopened:
         return choose(self.model, self.dataset.train, self.experiment, step=1, device=device, dtype=torch.float32)
 
 
-def reopen(run: Run, *, device: str = "auto") -> Reopened:
+def reopen(run: Run, experiment: Experiment | None = None, *, device: str = "auto") -> Reopened:
     """Load a finished run's data and trained network.
+
+    Args:
+        experiment: where the data lie now, and how proxies are chosen and made; by default as in the run's manifest.
 
     Raises:
         RunError: the data are not what the run was trained on, or the run has no weights.
     """
-    dataset = load_data(run.experiment)
+    experiment = experiment or run.experiment
+    dataset = load_data(experiment)
     if dataset.split_digest != run.manifest["split_digest"]:
-        raise RunError(f"{run.path} was trained on other data than {run.experiment.dataset} holds now")
-    return Reopened(experiment=run.experiment, dataset=dataset, model=run.model(train.resolve_device(device)))
+        raise RunError(f"{run.path} was trained on other data than {experiment.dataset} holds now")
+    return Reopened(experiment=experiment, dataset=dataset, model=run.model(train.resolve_device(device)))
 
 
 def stored_proxies(run: Run, dataset: data.Dataset, *, step: int = 1, count: int = SHOWN) -> tuple[Proxies | None, list[str]]:

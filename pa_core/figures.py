@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pa_core import masking, runs
 from pa_core.data import Dataset, Part, augment
-from pa_core.params import derived_seed, home
+from pa_core.params import ParameterError, derived_seed, home
 from pa_core.proxy import Proxies
 from pa_core.runs import Run
 
@@ -64,21 +64,27 @@ class Album:
     figures_dir: str = "figures/quick"
     command: str
 
+    def __post_init__(self) -> None:
+        try:
+            figures_home(self.figures_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            allowed = f"no folder can be made there ({error.strerror}); allowed is a folder that can be written"
+            raise ParameterError("figures_dir", self.figures_dir, allowed) from error
+
     @styled
-    def save(self, figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run] = ()) -> Path:
+    def save(self, figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run | None] = ()) -> Path:
         """Write NAME.png, NAME.svg, NAME.csv (what was drawn) and NAME.json (which runs, code and command it came from).
 
         Returns:
             The path of the png.
         """
         folder = figures_home(self.figures_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png", bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
         table.to_csv(folder / f"{name}.csv", index=False)
         provenance = {
             "figure": name,
-            "runs": [_origin(run) for run in used],
+            "runs": [_origin(run) for run in used if run is not None],
             "git_commit": runs.git_commit(),
             "code_version": runs.code_version(),
             "command": self.command,
@@ -92,6 +98,8 @@ def saved(figures_dir: str = "figures/quick") -> pd.DataFrame:
     """The figures in a folder: name, number of rows behind it, when it was made."""
     rows = []
     for file in sorted(figures_home(figures_dir).glob("*.json")):
+        if not file.with_suffix(".csv").is_file():
+            continue
         content = json.loads(file.read_text())
         lines = len(pd.read_csv(file.with_suffix(".csv")))
         rows.append({"figure": content["figure"], "rows": lines, "runs": len(content["runs"]), "made": content["made"]})
@@ -123,7 +131,9 @@ def _bare(ax: Axes) -> None:
 
 
 def _short(text: str, length: int = 16) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    """Cut to length; a dollar sign would begin a formula."""
+    text = text if len(text) <= length else text[: length - 1] + "…"
+    return text.replace("$", r"\$")
 
 
 # 01: data
@@ -229,6 +239,8 @@ def curves(named: Mapping[str, Run]) -> tuple[Figure, pd.DataFrame]:
 def worst(part: Part, scores: Any, positions: Tensor, classes: Sequence[str], *, columns: int = 8) -> tuple[Figure, pd.DataFrame]:
     """Images with what they are, what they were taken for, and the loss."""
     count = len(positions)
+    if count == 0:
+        return _nothing("no image qualifies"), pd.DataFrame(columns=["id", "label", "predicted", "loss"])
     rows = -(-count // columns)
     figure, axes = _new(rows, columns, width=1.25 * columns, height=1.65 * rows)
     for ax in axes.flat:
@@ -267,7 +279,7 @@ def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> tuple[Figure, p
     figure, axes = _new(4, n, width=1.2 * n + 0.8, height=5.2)
     grey = made.originals.float().mean(1)
     for k in range(n):
-        _picture(axes[0, k], made.originals[k], titles[k] if k < len(titles) else "")
+        _picture(axes[0, k], made.originals[k], titles[k].replace("$", r"\$") if k < len(titles) else "")
         axes[1, k].imshow(grey[k].numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes[1, k].imshow(made.maps[k].numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
         axes[2, k].imshow(made.mask[k].numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -285,14 +297,16 @@ def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> tuple[Figure, p
 
 
 @styled
-def fills(originals: Tensor, maps: Tensor, mask: Tensor, *, names: Sequence[str] = masking.FILLS, weight: float = 1.0) -> tuple[Figure, pd.DataFrame]:
+def fills(originals: Tensor, maps: Tensor, mask: Tensor, *, names: Sequence[str] = masking.FILLS, weight: float = 1.0, mask_region: str = "salient") -> tuple[Figure, pd.DataFrame]:
     """A row per image, a column per fill; the same heatmap and mask throughout. uint8 [n, 3, S, S]."""
     images, rows = masking.to_float(originals), []
+    if len(images) == 0:
+        return _nothing("no image qualifies"), pd.DataFrame(columns=["image", "fill", "weight", "mean_change"])
     figure, axes = _new(len(images), len(names) + 1, width=1.1 * (len(names) + 1), height=1.15 * len(images) + 0.3)
     for i in range(len(images)):
         _picture(axes[i, 0], originals[i], "original" if i == 0 else "")
     for k, name in enumerate(names, 1):
-        changed = masking.to_uint8(masking.apply(images, maps, mask, fill=name, weight=weight))
+        changed = masking.to_uint8(masking.apply(images, maps, mask, fill=name, weight=weight, mask_region=mask_region))
         for i in range(len(images)):
             _picture(axes[i, k], changed[i], name if i == 0 else "")
             difference = (changed[i].float() - originals[i].float()).abs().mean() / 255
@@ -302,21 +316,25 @@ def fills(originals: Tensor, maps: Tensor, mask: Tensor, *, names: Sequence[str]
 
 @styled
 def threshold_by_weight(
-    original: Tensor,
-    heatmap: Tensor,
+    originals: Tensor,
+    maps: Tensor,
     *,
     thresholds: Sequence[float] = (0.25, 0.5, 0.75, 0.9),
     weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     fill: str = "mean",
     threshold_mode: str = "quantile",
+    mask_region: str = "salient",
 ) -> tuple[Figure, pd.DataFrame]:
-    """One image: a row per threshold, a column per weight. uint8 [3, S, S], map [S, S]."""
+    """The first image of a batch: a row per threshold, a column per weight. uint8 [n, 3, S, S], maps [n, S, S]."""
+    if len(originals) == 0:
+        return _nothing("no image qualifies"), pd.DataFrame(columns=["threshold", "weight", "fill", "masked_share", "mean_change"])
+    where = {"mask_region": mask_region}
     figure, axes = _new(len(thresholds), len(weights), width=1.25 * len(weights) + 0.6, height=1.25 * len(thresholds) + 0.4)
-    image, rows = masking.to_float(original[None]), []
+    image, heatmap, rows = masking.to_float(originals[:1]), maps[:1], []
     for i, t in enumerate(thresholds):
-        mask = masking.region(heatmap[None], threshold_mode=threshold_mode, threshold=t)
+        mask = masking.region(heatmap, threshold_mode=threshold_mode, threshold=t, **where)
         for k, w in enumerate(weights):
-            changed = masking.apply(image, heatmap[None], mask, fill=fill, weight=w)
+            changed = masking.apply(image, heatmap, mask, fill=fill, weight=w, **where)
             _picture(axes[i, k], masking.to_uint8(changed)[0], f"weight {w:g}" if i == 0 else "")
             share = float(mask.float().mean())
             rows.append({"threshold": t, "weight": w, "fill": fill, "masked_share": share, "mean_change": float((changed - image).abs().mean())})
@@ -405,7 +423,8 @@ def confusion(matrix: pd.DataFrame, *, most_named: int = 30) -> tuple[Figure, pd
         ax.set_yticks(range(n), [_short(str(c)) for c in matrix.index])
     ax.set(xlabel="predicted", ylabel="true")
     figure.colorbar(drawn, ax=ax, shrink=0.7, label="share of the true class")
-    return figure, matrix.reset_index()
+    table = matrix.stack().rename("images").rename_axis(["true_class", "predicted_class"]).reset_index()
+    return figure, table
 
 
 @styled
@@ -419,7 +438,8 @@ def class_changes(table: pd.DataFrame, *, most: int = 10) -> tuple[Figure, pd.Da
     ax.hlines(y, shown["f1_plain"], shown["f1_proxy"], color=GREY, lw=1)
     ax.scatter(shown["f1_plain"], y, edgecolors=BLUE, facecolors="none", s=55, label="plain", zorder=2)
     ax.scatter(shown["f1_proxy"], y, color=ORANGE, s=25, label="with proxies", zorder=3)
-    labels = [f"{_short(c)}  ({round(100 * d, 1) + 0.0:+.1f}, n = {s})" for c, d, s in zip(shown["class"], shown["f1_change"], shown["support"], strict=True)]
+    changes = ["" if pd.isna(d) else f"{round(100 * d, 1) + 0.0:+.1f}, " for d in shown["f1_change"]]
+    labels = [f"{_short(c)}  ({d}n = {s})" for c, d, s in zip(shown["class"], changes, shown["support"], strict=True)]
     ax.set_yticks(y, labels)
     ax.set_xlabel("F1 on the test images (change in points, test images of the class)")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))

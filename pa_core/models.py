@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,27 +92,7 @@ class Classifier(nn.Module):
             activations: the CAM layer's output, in the layer's own layout, a leaf that requires grad.
             logits: [N, classes], a function of ``activations``.
         """
-        if self.cam.layer == FEATURES:
-            with torch.no_grad():
-                activations = self.network.forward_features(self.normalise(images))
-            activations = activations.detach().requires_grad_()
-            with torch.enable_grad():  # a clone, because a head may begin with an in-place activation
-                return activations, self.network.forward_head(activations.clone())
-        leaves: list[Tensor] = []
-
-        def cut(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            leaves.append(output.detach().requires_grad_())
-            # The graph begins here: what came before ran without one, and the outer no_grad restores the mode.
-            torch.set_grad_enabled(True)
-            return leaves[-1].clone()
-
-        handle = self.network.get_submodule(self.cam.layer).register_forward_hook(cut)
-        try:
-            with torch.no_grad():
-                logits = self.network(self.normalise(images))
-        finally:
-            handle.remove()
-        return leaves[-1], logits
+        return _cut(self.network, self.cam.layer, self.normalise(images))
 
     def describe(self) -> dict[str, Any]:
         """What the manifest keeps of the model."""
@@ -158,14 +139,27 @@ def create(
         raise ParameterError("pretrained", pretrained, "there is no such file; allowed is true, false or a weights file")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _download(name, classes) if pretrained is True else timm.create_model(name, num_classes=classes)
-        network.eval()
-        changes, cam = _fit(network, name, image_size)
+        network = (_download(name, classes) if pretrained is True else timm.create_model(name, num_classes=classes)).eval()
+        try:
+            changes, cam = _fit(network, name, image_size)
+        except ParameterError as refusal:
+            if pretrained is True:
+                raise
+            network = _built_for(name, classes, image_size, refusal)  # CaiT, ConViT, XCiT, mixers...
+            changes, cam = _fit(network, name, image_size)
         if isinstance(pretrained, str):
             load_weights(network, Path(pretrained).expanduser())
     if cam_layer is not None:
         cam = _named_cam(network, cam_layer, image_size)
     return Classifier(network, name=name, classes=classes, image_size=image_size, cam=cam, changes=changes)
+
+
+def _built_for(name: str, classes: int, image_size: int, refusal: ParameterError) -> nn.Module:
+    """A network that takes the size when it is built, and not later; the refusal where there is none."""
+    try:
+        return timm.create_model(name, num_classes=classes, img_size=image_size).eval()
+    except Exception:  # most have no such argument
+        raise refusal from None
 
 
 def _download(name: str, classes: int) -> nn.Module:
@@ -228,37 +222,110 @@ def _heads(network: nn.Module) -> list[str]:
 def find_cam(network: nn.Module, image_size: int) -> Cam:
     """The network's own CAM layer, found by what the network gives at this size.
 
+    Candidates in this order: the output of ``forward_features`` if it is a map; the last block's norms, the first of them
+    first; that output if it is tokens; the feature levels, the last first. The first one taken that has a grid and
+    through which the logits depend on every place of it.
+
     Raises:
-        ValueError: there is none, for example because the features are a list.
+        ValueError: there is none.
         Exception: whatever the network raises at a size it cannot take.
     """
     with torch.no_grad():
         features = network.forward_features(torch.zeros(1, 3, image_size, image_size))
-    if isinstance(features, Tensor) and features.ndim == 4:
-        return _cam(network, FEATURES, features)
-    last = network.feature_info[-1]["module"] if getattr(network, "feature_info", None) else "blocks"
-    block = network.get_submodule(last)
-    while isinstance(block, (nn.Sequential, nn.ModuleList)):
-        last, block = f"{last}.{len(block) - 1}", block[-1]
-    for name, child in block.named_children():
-        if "norm" in type(child).__name__.lower():
-            return _named_cam(network, f"{last}.{name}", image_size)
-    raise ValueError(f"no CAM layer was found in {type(network).__name__}")
+    spatial = isinstance(features, Tensor) and features.ndim == 4
+    layers = [FEATURES] if spatial else [*_norms(network), FEATURES]
+    layers += [info["module"] for info in reversed(getattr(network, "feature_info", None) or []) if "module" in info]
+    for layer in layers:
+        cam = _layer_cam(network, layer, image_size)
+        if cam is not None and _reaches(network, cam, image_size):
+            return cam
+    raise ValueError(f"no layer of {type(network).__name__} gives a map or patch tokens with a gradient")
+
+
+def _norms(network: nn.Module) -> list[str]:
+    """Norms that are direct parts of the last block, in order."""
+    info = getattr(network, "feature_info", None) or []
+    last = info[-1]["module"] if info and "module" in info[-1] else "blocks"
+    names = dict(network.named_modules())
+    while isinstance(names.get(last), (nn.Sequential, nn.ModuleList)) and len(names[last]):
+        last = f"{last}.{len(names[last]) - 1}"
+    block = names.get(last)
+    if block is None:
+        return []
+    return [f"{last}.{name}" for name, child in block.named_children() if "norm" in type(child).__name__.lower()]
+
+
+def _layer_cam(network: nn.Module, layer: str, image_size: int) -> Cam | None:
+    if layer == FEATURES:
+        with torch.no_grad():
+            output = network.forward_features(torch.zeros(1, 3, image_size, image_size))
+    else:
+        output = _outputs(network, [layer], image_size).get(layer)
+    try:
+        return None if not isinstance(output, Tensor) else _cam(network, layer, output)
+    except ValueError:  # no map: not a candidate
+        return None
+
+
+def _reaches(network: nn.Module, cam: Cam, image_size: int) -> bool:
+    """Whether the logits depend on every place of the layer. Some heads begin as zeros, so they are filled for the test."""
+    heads = [p for name in _heads(network) for p in network.get_submodule(name).parameters()]
+    kept = [p.detach().clone() for p in heads]
+    try:
+        with torch.no_grad():
+            for p in heads:
+                p.normal_()
+            image = torch.rand(1, 3, image_size, image_size)
+        activations, logits = _cut(network, cam.layer, image)
+        (gradient,) = torch.autograd.grad(logits.float().logsumexp(1).sum(), activations, allow_unused=True)
+        return gradient is not None and bool((cam.spatial(gradient).abs().sum(1) > 0).all())
+    finally:
+        with torch.no_grad():
+            for p, value in zip(heads, kept, strict=True):
+                p.copy_(value)
 
 
 def _named_cam(network: nn.Module, layer: str, image_size: int) -> Cam:
+    """The CAM layer that the user names."""
     if layer == FEATURES:
         return find_cam(network, image_size)
     names = [name for name, _ in network.named_modules() if name]
     if layer not in names:
         raise ParameterError("cam_layer", layer, f"allowed is a module's dotted name{nearest(layer, names)}")
-    outputs = _outputs(network, [layer], image_size)
-    if layer not in outputs:
+    cam = _layer_cam(network, layer, image_size)
+    if cam is None:
         raise ParameterError("cam_layer", layer, "allowed is a module that gives a map or patch tokens, [N, C, h, w] or [N, T, C]")
+    if min(cam.grid) < MIN_GRID:
+        size = "x".join(map(str, cam.grid))
+        raise ParameterError("cam_layer", layer, f"its grid is {size}; allowed is one of {MIN_GRID}x{MIN_GRID} or more")
+    if not _reaches(network, cam, image_size):
+        raise ParameterError("cam_layer", layer, "its patches have no gradient; allowed is a layer that the logits depend on everywhere")
+    return cam
+
+
+def _cut(network: nn.Module, layer: str, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward pass of a network whose graph begins at a layer: (the layer's output, a leaf; the logits)."""
+    if layer == FEATURES:
+        with torch.no_grad():
+            activations = network.forward_features(inputs)
+        activations = activations.detach().requires_grad_()
+        with torch.enable_grad():  # a clone, because a head may begin with an in-place activation
+            return activations, network.forward_head(activations.clone())
+    leaves: list[Tensor] = []
+
+    def cut(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        # The graph begins here: what came before ran without one, and the outer no_grad restores the mode.
+        torch.set_grad_enabled(True)
+        return leaves[-1].clone()
+
+    handle = network.get_submodule(layer).register_forward_hook(cut)
     try:
-        return _cam(network, layer, outputs[layer])
-    except ValueError as error:
-        raise ParameterError("cam_layer", layer, f"allowed is a module that gives a map or patch tokens; {error}") from None
+        with torch.no_grad():
+            logits = network(inputs)
+    finally:
+        handle.remove()
+    return leaves[-1], logits
 
 
 def _outputs(network: nn.Module, layers: list[str], image_size: int) -> dict[str, Tensor]:
@@ -291,10 +358,10 @@ def _cam(network: nn.Module, layer: str, output: Tensor) -> Cam:
         if first == middle:
             return Cam(layer=layer, layout="NHWC", grid=(first, middle))
     if output.ndim == 3:
-        prefix = getattr(network, "num_prefix_tokens", 0)
-        side = math.isqrt(max(output.shape[1] - prefix, 0))
-        if side and side * side == output.shape[1] - prefix:
-            return Cam(layer=layer, layout="tokens", grid=(side, side), prefix_tokens=prefix)
+        for prefix in dict.fromkeys((getattr(network, "num_prefix_tokens", 0), 0, 1)):
+            side = math.isqrt(max(output.shape[1] - prefix, 0))
+            if side and side * side == output.shape[1] - prefix:
+                return Cam(layer=layer, layout="tokens", grid=(side, side), prefix_tokens=prefix)
     raise ValueError(f"{layer} gives {list(output.shape)}")
 
 
@@ -309,36 +376,38 @@ def _fit(network: nn.Module, name: str, size: int) -> tuple[tuple[str, ...], Cam
     """
     reasons: list[str] = []
 
-    def attempt(change: Any = None) -> Cam | None:
+    def attempt(change: Callable[[], None] | None = None) -> Cam | None:
         try:
             if change is not None:
                 change()
             cam = find_cam(network, size)
-            with torch.no_grad():
-                network(torch.zeros(1, 3, size, size))  # the head, too, must take it
         except Exception as error:  # a network refuses a size in any way it likes; the reason is reported below
             reasons.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
             return None
+        if min(cam.grid) < MIN_GRID:
+            reasons.append(f"its grid would be {cam.grid[0]}x{cam.grid[1]}")
+            return None
         return cam
 
-    if hasattr(network, "set_input_size"):
-        native = network.patch_embed.patch_size[0] if hasattr(network, "patch_embed") else None
+    if hasattr(network, "set_input_size") and hasattr(network, "patch_embed"):
+        native = _first(getattr(network.patch_embed, "patch_size", 0))
         for patch in _patches(native, size):
             keywords = {} if patch == native else {"patch_size": (patch, patch)}
             cam = attempt(lambda keywords=keywords: network.set_input_size(img_size=(size, size), **keywords))
-            if cam and min(cam.grid) >= MIN_GRID:
+            if cam:
                 return (() if patch == native else (f"patch size {native} -> {patch}",)), cam
     else:
         cam = attempt()
-        if cam and min(cam.grid) >= MIN_GRID:
+        if cam:
             return (), cam
         changes: list[str] = []
-        for level in reversed(_reductions(network)):
+        for level in reversed(_reductions(network, reasons)):
             changes += [_unstride(network, module) for module in level]
             cam = attempt()
-            if cam and min(cam.grid) >= MIN_GRID:
+            if cam:
                 return tuple(changes), cam
-        raise _too_small(name, size, reasons)
+        if changes:
+            raise _too_small(name, size, reasons)
     cam = _earlier_cam(network, size)
     if cam is None:
         raise _too_small(name, size, reasons)
@@ -346,21 +415,32 @@ def _fit(network: nn.Module, name: str, size: int) -> tuple[tuple[str, ...], Cam
 
 
 def _too_small(name: str, size: int, reasons: list[str]) -> ParameterError:
-    why = f" ({reasons[-1]})" if reasons else ""
-    return ParameterError("image_size", size, f"{name} gives no CAM grid of {MIN_GRID}x{MIN_GRID} or more at this size{why}; allowed is a larger one")
+    why = f" ({reasons[0]})" if reasons else ""
+    allowed = f"{name} cannot take images of this size with a heatmap grid of {MIN_GRID}x{MIN_GRID} or more{why}"
+    return ParameterError("image_size", size, f"{allowed}; allowed is a size that suits the model, or another model")
 
 
-def _patches(native: int | None, size: int) -> list[int | None]:
-    if native is None:
-        return [None]
-    return [p for p in range(native, 0, -1) if size % p == 0 and size // p >= MIN_GRID]
+def _first(value: Any) -> int:
+    return int(value[0]) if isinstance(value, (tuple, list)) else int(value)
 
 
-def _reductions(network: nn.Module, size: int = 256) -> list[list[str]]:
+MOST_TOKENS = 1024
+"""A smaller patch may not make more than 32 x 32 of them: attention costs their square."""
+
+
+def _patches(native: int, size: int) -> list[int]:
+    """Patch sizes that divide the image and give a grid of 4 x 4 or more, the largest first."""
+    fits = [p for p in range(native, 0, -1) if size % p == 0 and size // p >= MIN_GRID]
+    return [p for p in fits if p == native or (size // p) ** 2 <= MOST_TOKENS]
+
+
+def _reductions(network: nn.Module, reasons: list[str]) -> list[list[str]]:
     """Names of strided modules, grouped by the resolution they reduce, in the order of the forward pass.
 
-    The branches of a residual block reduce the same resolution, so they are changed together.
+    The branches of a residual block reduce the same resolution, so they are changed together. None for a network that
+    takes one size only; why goes into ``reasons``.
     """
+    size = max(256, network.pretrained_cfg.get("input_size", (3, 256, 256))[-1])
     levels: dict[int, list[str]] = {}
     handles = []
 
@@ -379,6 +459,9 @@ def _reductions(network: nn.Module, size: int = 256) -> list[list[str]]:
     try:
         with torch.no_grad():
             network.forward_features(torch.zeros(1, 3, size, size))
+    except Exception as error:  # see `_fit`
+        reasons.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        return []
     finally:
         for handle in handles:
             handle.remove()
@@ -410,14 +493,9 @@ def _unstride(network: nn.Module, name: str) -> str:
 
 def _earlier_cam(network: nn.Module, size: int) -> Cam | None:
     """The last feature level whose grid is large enough; the network itself stays as it is."""
-    layers = [info["module"] for info in getattr(network, "feature_info", [])]
+    layers = [info["module"] for info in getattr(network, "feature_info", None) or [] if "module" in info]
     try:
-        outputs = _outputs(network, layers, size)
-    except Exception:  # the reason has been noted by the attempts before
+        cams = [_layer_cam(network, layer, size) for layer in reversed(layers)]
+    except Exception:  # the network does not run at this size: the attempts before have noted why
         return None
-    for layer in reversed(layers):
-        if layer in outputs:
-            cam = _cam(network, layer, outputs[layer])
-            if min(cam.grid) >= MIN_GRID:
-                return replace(cam)
-    return None
+    return next((cam for cam in cams if cam and min(cam.grid) >= MIN_GRID and _reaches(network, cam, size)), None)

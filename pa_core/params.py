@@ -71,17 +71,16 @@ def shown(path: Path) -> str:
 
 
 def data_home() -> Path:
-    """Where downloads and image caches live: ``$PA_DATA``, else ``data/`` in the repository."""
-    return Path(os.environ["PA_DATA"]).expanduser() if os.environ.get("PA_DATA") else home() / "data"
+    """Where downloads and image caches live: ``$PA_DATA``, else ``data/``; a relative one in the repository."""
+    return home() / Path(os.environ.get("PA_DATA") or "data").expanduser()
 
 
 def runs_home(runs_dir: str = "runs") -> Path:
-    """The folder that holds the runs. The default ``"runs"`` is ``$PA_RUNS``, else ``runs/`` in the repository,
-
-    whatever the working directory; any other relative path is taken from the working directory.
+    """The folder that holds the runs. The default ``"runs"`` is ``$PA_RUNS``, else ``runs/``, a relative one in the
+    repository, whatever the working directory; any other relative path is taken from the working directory.
     """
     if runs_dir == "runs":
-        return Path(os.environ["PA_RUNS"]).expanduser() if os.environ.get("PA_RUNS") else home() / "runs"
+        return home() / Path(os.environ.get("PA_RUNS") or "runs").expanduser()
     return Path(runs_dir).expanduser().absolute()
 
 
@@ -102,10 +101,10 @@ def _integer(low: int, high: int | None = None) -> Callable[[Any], int]:
 
 def _real(allowed: str, inside: Callable[[float], bool]) -> Callable[[Any], float]:
     def coerce(value: Any) -> float:
-        number = float(_number(value, allowed))
-        if not inside(number):
+        number = _number(value, allowed)
+        if not inside(number) or number > 1e300:
             raise ValueError(allowed)
-        return number
+        return float(number)
 
     return coerce
 
@@ -117,7 +116,7 @@ def _number(value: Any, allowed: str) -> int | float:
         number = int(value) if isinstance(value, int) else float(value)
     except ValueError:
         raise ValueError(allowed) from None
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         raise ValueError(allowed)
     return number
 
@@ -184,7 +183,7 @@ def _pretrained(value: Any) -> bool | str:
 def _schedule(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         raise ValueError("allowed is a text such as 5,p,5: quote it where YAML would take it apart")
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
     try:
         return ",".join(parse("" if value is None else str(value)))
@@ -259,7 +258,8 @@ _PROXY_ONLY = frozenset(
     "xai xai_target cam_layer smooth select fraction mask_region threshold_mode threshold fill weight overlay "
     "keep_proxies".split()
 )
-_PLACES = frozenset("data_dir device runs_dir".split())
+# Neither places nor what the data digest and the resolved image size, which enter the identity, say already
+_ELSEWHERE = frozenset("data_dir device runs_dir bad_images image_size".split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +336,11 @@ class Experiment:
         """An experiment from a YAML file of names and values."""
         import yaml
 
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            reason = str(error).splitlines()[0]
+            raise ParameterError("params file", str(path), f"it cannot be read ({reason}); allowed is a YAML file") from error
         if not isinstance(values, dict):
             raise ParameterError("params file", str(path), "allowed is a file of lines such as 'lr: 1e-3'")
         return cls.from_mapping(values)
@@ -348,12 +352,7 @@ class Experiment:
         papermill only warns about a parameter that a notebook does not have, so the names that the
         parameter cells assigned are compared with the parameters here; ``also`` names the notebook's own extra ones.
         """
-        for name in _assigned(namespace.get("In", [])):
-            if name not in COERCE and name not in also:
-                known = [*COERCE, *also]
-                raise ParameterError(
-                    name, namespace.get(name), f"there is no such parameter{nearest(name, known)}; see the parameter table"
-                )
+        refuse_unknown(namespace, [*COERCE, *also])
         return cls(**{name: namespace[name] for name in COERCE if name in namespace})
 
     def plain(self) -> Experiment:
@@ -365,9 +364,11 @@ class Experiment:
 
         Paths and devices have none on the result; without a proxy step neither has anything that shapes proxies.
         """
-        unused = set(_PLACES)
+        unused = set(_ELSEWHERE)
         if not steps(self.schedule):
             unused |= _PROXY_ONLY
+        if steps(self.schedule) == 1:
+            unused.add("keep_proxies")
         if self.select == "all":
             unused.add("fraction")
         if self.fill == "none":
@@ -381,14 +382,15 @@ class Experiment:
             if field.name not in unused and getattr(self, field.name) != getattr(defaults, field.name)
         }
 
-    def digest(self, *, data: str, weights: str = "") -> str:
+    def digest(self, *, data: str, image_size: int, weights: str = "") -> str:
         """The run's identity: SHA-256 (hex) of schema number, effective parameters and content.
 
         Args:
             data: the data digest.
+            image_size: as resolved by the dataset.
             weights: digest of the weights file, when ``pretrained`` names one.
         """
-        content = {"schema": SCHEMA, "parameters": self.effective(), "data": data, "weights": weights}
+        content = {"schema": SCHEMA, "parameters": self.effective(), "data": data, "image_size": image_size, "weights": weights}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def command(self, notebook: str) -> str:
@@ -404,6 +406,14 @@ class Experiment:
     def to_dict(self) -> dict[str, Any]:
         """Names and values, as they go into the manifest and a params file."""
         return asdict(self)
+
+
+def refuse_unknown(namespace: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse a name that a notebook's parameter cells assign and that is not known: ``refuse_unknown(globals(), [...])``."""
+    for name in _assigned(namespace.get("In", [])):
+        if name not in known:
+            allowed = f"there is no such parameter{nearest(name, known)}; see the parameter table"
+            raise ParameterError(name, namespace.get(name), allowed)
 
 
 def _assigned(history: list[str]) -> list[str]:

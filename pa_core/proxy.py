@@ -39,6 +39,7 @@ class Record:
         asked: images that ``fraction`` asked for; images: those that qualified.
         masked_share: mean share of masked pixels per proxy, [0, 1].
         unchanged: proxies equal to their original.
+        blank: heatmaps that are constant, so that a quantile masks places at random.
         seconds: the whole step; scoring_seconds: the scoring pass alone.
     """
 
@@ -48,6 +49,7 @@ class Record:
     images: int
     masked_share: float
     unchanged: int
+    blank: int
     seconds: float
     scoring_seconds: float
 
@@ -221,6 +223,7 @@ def proxy_step(
         images=len(positions),
         masked_share=tally.masked_share(),
         unchanged=sum(tally.unchanged),
+        blank=tally.blank if experiment.fill != "none" else 0,
         seconds=time.perf_counter() - started,
         scoring_seconds=scoring_seconds,
     )
@@ -250,10 +253,13 @@ def _chunks(n: int) -> tuple[Tensor, ...]:
 class _Tally:
     shares: list[float] = field(default_factory=list)
     unchanged: list[bool] = field(default_factory=list)
+    blank: int = 0
 
     def add(self, made: Proxies) -> None:
         self.shares += made.mask.flatten(1).float().mean(1).tolist()
         self.unchanged += (made.images == made.originals).flatten(1).all(1).tolist()
+        flat = made.maps.flatten(1)
+        self.blank += int((flat.amax(1) == flat.amin(1)).sum())
 
     def masked_share(self) -> float:
         return float(np.mean(self.shares)) if self.shares else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -33,7 +34,10 @@ _PROXY_PARAMETERS = (
     "xai xai_target cam_layer smooth schedule select fraction mask_region threshold_mode threshold fill weight overlay "
     "keep_proxies"
 ).split()
-_PLACES = ["data_dir", "runs_dir", "device"]
+_PLACES = ["data_dir", "runs_dir", "device", "bad_images", "pretrained"]
+_DIGESTS = ("data_digest", "split_digest", "device_name")
+# What was made of a parameter that is auto or the dataset's own stands in its column
+RESOLVED = ("image_size", "batch_size", "precision", *_DIGESTS)
 
 
 def load(runs_dir: str = "runs") -> pd.DataFrame:
@@ -46,36 +50,47 @@ def load(runs_dir: str = "runs") -> pd.DataFrame:
     for manifest in sorted(runs_home(runs_dir).glob("*/manifest.json")):
         run = Run(manifest.parent)
         content, summary = run.manifest, run.summary
+        if not {"digest", "parameters", "status", "split_digest"} <= content.keys():
+            continue  # somebody else's manifest
         row = {"run": run.path.name, "digest": content["digest"], "status": content["status"]}
         row |= {"stale": content["code_version"] != code_version(), "started": content["started"]}
         row |= {name: content["parameters"].get(name) for name in PARAMETERS}
+        row |= {name: content[name] for name in RESOLVED} | {"same_weights": _weights(content)}
         row |= {name: summary.get(name) for name in MEASURED}
         rows.append(row)
-    columns = ["run", "digest", "status", "stale", "started", *PARAMETERS, *MEASURED]
+    columns = ["run", "digest", "status", "stale", "started", *PARAMETERS, *_DIGESTS, "same_weights", *MEASURED]
     frame = pd.DataFrame(rows, columns=columns).astype({name: float for name in MEASURED})
     frame["proxy_steps"] = [schedule.steps(text) for text in frame["schedule"]]
     return frame.sort_values("started", kind="stable", ignore_index=True)
 
 
+def _weights(manifest: dict[str, Any]) -> str:
+    """What training started from, as far as runs can share it: a weights file counts by content."""
+    return str(manifest["parameters"]["pretrained"]) if not manifest.get("weights_digest") else manifest["weights_digest"]
+
+
 def pairs(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each finished run with proxies beside the plain run of equal length that shares all else, the seed included.
+    """Each finished run with proxies beside the plain run of equal length that shares all else: data, split, seed, device.
 
     Returns:
         A row per pair: ``run``, ``plain_run``, the proxy parameters, ``seed``, and of ``test_accuracy`` and
         ``val_accuracy`` the run's value, the plain one's (``plain_...``) and the ``..._difference``.
     """
     done = frame[frame["status"] == FINISHED].assign(length=lambda f: [schedule.epochs(s) for s in f["schedule"]])
-    shared = [name for name in PARAMETERS if name not in (*_PROXY_PARAMETERS, *_PLACES)] + ["length"]
+    done = done.drop_duplicates("digest", keep="last")  # a rerun is no second sample
+    shared = [name for name in PARAMETERS if name not in (*_PROXY_PARAMETERS, *_PLACES)]
+    shared += [*_DIGESTS, "same_weights", "length"]
     # as one text, because a merge on the columns would not match None with None
     keyed = done.assign(key=[str(tuple(row)) for row in done[shared].itertuples(index=False)])
     plain = keyed[keyed["proxy_steps"] == 0].drop_duplicates("key", keep="last")
-    plain = plain[["key", "run", "test_accuracy", "val_accuracy"]]
+    plain = plain[["key", "run", "stale", "test_accuracy", "val_accuracy"]]
     plain = plain.rename(columns={c: f"plain_{c}" for c in plain.columns if c != "key"})
     merged = keyed[keyed["proxy_steps"] > 0].merge(plain, on="key")
     for name in ("test_accuracy", "val_accuracy"):
         merged[f"{name}_difference"] = merged[name] - merged[f"plain_{name}"]
     measured = [f"{p}{n}{s}" for n in ("test_accuracy", "val_accuracy") for p, s in (("", ""), ("plain_", ""), ("", "_difference"))]
-    return merged[["run", "plain_run", "dataset", "model", *_PROXY_PARAMETERS, "seed", *measured]]
+    merged["stale"] = merged["stale"] | merged["plain_stale"].astype(bool)
+    return merged[["run", "plain_run", "stale", "dataset", "model", *_PROXY_PARAMETERS, "seed", *measured]]
 
 
 def pair_of(frame: pd.DataFrame, run_name: str | None = None, runs_dir: str = "runs") -> tuple[Run | None, Run]:
@@ -122,8 +137,8 @@ def class_changes(plain: Run | None, other: Run) -> pd.DataFrame:
         RunError: the two runs were tested on different images, so that there is nothing to compare.
     """
     before = plain.classes if plain else other.classes.assign(precision=float("nan"), recall=float("nan"), f1=float("nan"))
-    if plain and list(plain.predictions["id"]) != list(other.predictions["id"]):
-        raise RunError(f"{plain.path.name} and {other.path.name} were tested on different images")
+    if plain and plain.manifest["data_digest"] != other.manifest["data_digest"]:
+        raise RunError(f"{plain.path.name} and {other.path.name} were tested on different data")
     table = before.merge(other.classes, on="class", suffixes=("_plain", "_proxy"))
     table = table.rename(columns={"support_plain": "support"}).drop(columns="support_proxy")
     for name in ("precision", "recall", "f1"):

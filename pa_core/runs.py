@@ -131,11 +131,11 @@ class Run:
 
 
 def directory(runs: Path, experiment: Experiment, digest: str, *, rerun: bool = False) -> Path:
-    """Where a run with this identity lies. ``rerun`` gives the next free name beside the existing ones."""
+    """Where a run with this identity lies. ``rerun`` gives the next name beside the finished ones, ``NAME~2`` and so on."""
     parts = (experiment.dataset, experiment.model, experiment.schedule.replace(",", "-"), digest[:12])
     path = runs / "_".join("".join(c if c.isalnum() or c in "-+." else "-" for c in part)[:60] for part in parts)
     number = 1
-    while rerun and path.exists():
+    while rerun and Run(path).finished:
         number += 1
         path = path.with_name(f"{path.name.split('~')[0]}~{number}")
     return path
@@ -175,7 +175,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        temporary.write_text(json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:

@@ -126,22 +126,22 @@ def test_notebook_forgets_a_mistake_that_was_corrected():
 
 def test_identity_counts_what_has_an_effect():
     plain = Experiment(schedule="18")
-    digest = plain.digest(data="d")
-    assert Experiment(schedule="18", xai="random", threshold=0.1).digest(data="d") == digest  # no proxy step
-    assert Experiment(schedule="18", device="cpu", runs_dir="x", data_dir="y").digest(data="d") == digest
-    assert Experiment(schedule="18", seed=1).digest(data="d") != digest
-    assert plain.digest(data="other") != digest
-    assert Experiment(xai="random").digest(data="d") != Experiment().digest(data="d")
-    weights = Experiment(pretrained="a.pth").digest(data="d", weights="1")
-    assert weights == Experiment(pretrained="b.pth").digest(data="d", weights="1")
-    assert weights != Experiment(pretrained="a.pth").digest(data="d", weights="2")
-    assert weights != Experiment().digest(data="d")
+    digest = plain.digest(data="d", image_size=28)
+    assert Experiment(schedule="18", xai="random", threshold=0.1).digest(data="d", image_size=28) == digest  # no proxy step
+    assert Experiment(schedule="18", device="cpu", runs_dir="x", data_dir="y").digest(data="d", image_size=28) == digest
+    assert Experiment(schedule="18", seed=1).digest(data="d", image_size=28) != digest
+    assert plain.digest(data="other", image_size=28) != digest
+    assert Experiment(xai="random").digest(data="d", image_size=28) != Experiment().digest(data="d", image_size=28)
+    weights = Experiment(pretrained="a.pth").digest(data="d", image_size=28, weights="1")
+    assert weights == Experiment(pretrained="b.pth").digest(data="d", image_size=28, weights="1")
+    assert weights != Experiment(pretrained="a.pth").digest(data="d", image_size=28, weights="2")
+    assert weights != Experiment().digest(data="d", image_size=28)
 
 
 def test_the_identity_of_the_defaults_is_stable():
     """A change here makes every run on disk a stranger: raise SCHEMA only on purpose."""
     assert Experiment().effective() == {}
-    assert Experiment().digest(data="d")[:12] == "525a09b9ae02"
+    assert Experiment().digest(data="d", image_size=28)[:12] == "fa35c238bea5"
 
 
 def test_plain_run_of_equal_length():
