@@ -236,12 +236,12 @@ def _resumption(state: train.State, manifest: dict[str, Any], log: Log) -> dict[
 
 
 def _check_resume(prepared: Prepared, manifest: dict[str, Any], path: Path) -> None:
-    here = {
+    expected = {
         "digest": prepared.digest,
         "split_digest": prepared.dataset.split_digest,
         "precision": str(prepared.dtype).removeprefix("torch."),
     }
-    for name, here in here.items():
+    for name, here in expected.items():
         if manifest.get(name) != here:
             raise RunError(f"{path} cannot be continued: its {name} is {manifest.get(name)}, and would now be {here}")
 

@@ -149,8 +149,8 @@ def create(
             changes, cam = _fit(network, name, image_size)
         if isinstance(pretrained, str):
             load_weights(network, Path(pretrained).expanduser())
-    if cam_layer is not None:
-        cam = _named_cam(network, cam_layer, image_size)
+        if cam_layer is not None:
+            cam = _named_cam(network, cam_layer, image_size)
     return Classifier(network, name=name, classes=classes, image_size=image_size, cam=cam, changes=changes)
 
 

@@ -172,6 +172,8 @@ def choose(
     scores = selection.score(evaluate(model, part, device=device, dtype=dtype).logits, part.labels)
     seed = derived_seed(experiment.seed, "proxy step", step)
     positions = selection.select(scores, by=experiment.select, fraction=experiment.fraction, seed=seed)
+    if experiment.xai == "shuffled" and len(positions) == 1:
+        positions = positions[:0]  # there is no other image whose map it could get; the log says that none was selected
     explained = scores.predicted if experiment.xai_target == "predicted" else scores.labels
     return positions, explained[positions], scores
 

@@ -227,6 +227,21 @@ def test_nothing_selected_is_no_error(tmp_path):
         assert len(overlay) == 160 and torch.equal(overlay.read(torch.arange(5)), part.read(torch.arange(5)))
 
 
+def test_shuffled_with_one_image_left_makes_none_and_goes_on(tmp_path):
+    """Late in training `misclassified` may find a single image: there is no other one whose map it could get."""
+    part = experiment.load_data(small(tmp_path)).train
+
+    class AllButOne(torch.nn.Module):
+        def forward(self, images):
+            logits = torch.nn.functional.one_hot(part.labels, 10).float() * 9
+            logits[7] = -logits[7]
+            return logits[: len(images)]
+
+    e = small(tmp_path, select="misclassified", xai="shuffled")
+    record = proxy_step(AllButOne(), part, e, step=1, epoch=1, directory=tmp_path / "step_1", device=torch.device("cpu"))
+    assert record.images == 0
+
+
 def test_every_arm_takes_the_same_steps(tmp_path, spy):
     for changes in ({}, {"overlay": "append"}, {"xai": "random"}, {"select": "random"}):
         experiment.run(small(tmp_path, **changes), **QUIET)

@@ -69,6 +69,20 @@ def test_named_cam_layer():
         create("test_resnet", classes=4, image_size=64, cam_layer="fc")
 
 
+def test_naming_a_cam_layer_leaves_the_global_rng_as_found():
+    before = torch.get_rng_state()
+    create("test_resnet", classes=4, image_size=64, cam_layer="layer3")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_cam_layers_that_say_nothing_are_refused():
+    """Patches after a class-token network's last block have no gradient: the predecessor's silent ViTs."""
+    with pytest.raises(ParameterError, match="cam_layer = 'norm'.*no gradient"):
+        create("test_vit", classes=4, image_size=64, cam_layer="norm")
+    with pytest.raises(ParameterError, match="cam_layer = 'blocks.6.0.se.conv_expand'.*grid is 1x1.*4x4"):
+        create("efficientnet_b0", classes=4, image_size=64, cam_layer="blocks.6.0.se.conv_expand")
+
+
 def test_initialisation_depends_on_the_seed_alone():
     torch.manual_seed(7)
     before = torch.get_rng_state()
