@@ -88,11 +88,14 @@ figures: setup
 	echo "Figures: $$count in figures/quick/, each as .png and .svg with its .csv and .json"; \
 	echo "Executed notebooks: $$out/"
 
+# Two processes, each a whole file or notebook at a time; make test SPREAD= is one process.
+SPREAD ?= -n 2 --dist loadfile
+
 # The notebooks get a runs folder of their own, so that every run in them is really made.
 test: setup
 	@runs=`mktemp -d` || exit 1; \
 	trap 'rm -rf "$$runs"' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
-	PA_RUNS="$$runs" $(RUN) -m pytest tests notebooks \
+	PA_RUNS="$$runs" $(RUN) -m pytest tests notebooks $(SPREAD) \
 	    --nbval-lax --nbval-current-env --nbval-cell-timeout=900 --durations=10
 
 lab: setup

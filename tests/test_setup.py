@@ -31,9 +31,10 @@ def pyproject() -> dict:
 
 
 def declared() -> list[Requirement]:
-    """What pyproject.toml asks for: to run, to test, and to build."""
+    """What pyproject.toml asks for: to run, for its extras, and to build."""
     document = pyproject()
-    texts = document["project"]["dependencies"] + document["project"]["optional-dependencies"]["test"]
+    extras = document["project"]["optional-dependencies"].values()
+    texts = document["project"]["dependencies"] + [text for extra in extras for text in extra]
     return [Requirement(text) for text in texts + document["build-system"]["requires"]]
 
 
