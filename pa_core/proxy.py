@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pa_core import attribution, masking, selection
-from pa_core.data import Part
+from pa_core.data import Part, send
 from pa_core.params import Experiment, derived_seed
 from pa_core.train import autocast, evaluate
 
@@ -79,15 +79,21 @@ class Proxies:
 class Overlay:
     """The training part with proxies in the place of their originals, or beside them.
 
+    Where the part lies on a device, the proxies are copied into the room behind its images, so that reading stays one
+    gather; a later overlay of the same part takes that room over.
+
     Args:
         base: the training part.
         mode: ``replace``, or ``append``: the proxies follow as positions N, N + 1, ...
         steps: directories of proxy steps, the earliest first; where two have a proxy of one image,
             ``replace`` takes the later one.
+
+    Raises:
+        ValueError: the part has less room than there are proxies.
     """
 
     def __init__(self, base: Part, *, mode: str, steps: list[Path]):
-        self.base, self.mode = base, mode
+        self.base, self.mode, self.shape, self.resident = base, mode, base.shape, base.resident
         self._images = [np.load(step / "images.npy", mmap_mode="r") for step in steps]
         positions = [torch.from_numpy(np.load(step / "positions.npy")) for step in steps]
         self._starts = np.cumsum([0, *(len(p) for p in positions)])
@@ -101,12 +107,27 @@ class Overlay:
         else:
             self.slot = torch.cat([self.slot, torch.arange(len(self.positions))])
             self.labels = torch.cat([base.labels, base.labels[self.positions]])
+        if base.images is not None:
+            # the row of base.images that is read at position i
+            row = torch.where(self.slot < 0, torch.arange(len(self.slot)), n + self.slot)
+            self._row = row.to(base.images.device)
+            self._fill(base.images[n:])
+
+    def _fill(self, room: Tensor) -> None:
+        if len(room) < len(self.positions):
+            raise ValueError(f"the part has room for {len(room)} proxies, and there are {len(self.positions)}")
+        for start, images in zip(self._starts, self._images, strict=False):
+            for at in range(0, len(images), CHUNK):
+                some = torch.from_numpy(images[at : at + CHUNK].copy())
+                room[start + at : start + at + len(some)] = some
 
     def __len__(self) -> int:
         return len(self.slot)
 
     def read(self, index: Tensor) -> Tensor:
-        """[n] positions -> uint8 [n, 3, S, S], in the order asked."""
+        """[n] positions -> uint8 [n, 3, S, S], in the order asked; on the part's device."""
+        if self.base.images is not None:
+            return self.base.images.index_select(0, self._row[send(index, self._row.device)])
         slot = self.slot[index]
         proxy = slot >= 0
         images = self.base.read(index[~proxy])
@@ -158,7 +179,7 @@ def make_proxies(
             )
         mask = masking.region(maps, mask_region=e.mask_region, threshold_mode=e.threshold_mode, threshold=e.threshold)
     changed = masking.apply(images, maps, mask, fill=e.fill, weight=e.weight, mask_region=e.mask_region)
-    return Proxies(originals=originals, maps=maps.cpu(), mask=mask.cpu(), images=masking.to_uint8(changed).cpu())
+    return Proxies(originals=originals.cpu(), maps=maps.cpu(), mask=mask.cpu(), images=masking.to_uint8(changed).cpu())
 
 
 def choose(
@@ -242,7 +263,7 @@ def examples(directory: Path, part: Part, *, count: int) -> tuple[Proxies, Tenso
     else:
         maps = torch.zeros((0, *images.shape[2:]))
         mask = maps.bool()
-    made = Proxies(originals=part.read(at), maps=maps, mask=mask, images=torch.from_numpy(images[:n].copy()))
+    made = Proxies(originals=part.read(at).cpu(), maps=maps, mask=mask, images=torch.from_numpy(images[:n].copy()))
     return made, at
 
 
@@ -285,9 +306,8 @@ class _Images:
     """A .npy file written in pieces, so that memory does not grow with the number of proxies."""
 
     def __init__(self, path: Path, *, count: int, like: Part):
-        shape = like.read(torch.zeros(0, dtype=torch.long)).shape[1:]
         self.file = open(path, "wb")
-        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *like.shape)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def __enter__(self) -> _Images:
