@@ -140,7 +140,7 @@ def make_proxies(
         targets: [n] int64, the classes to explain.
     """
     e = experiment
-    originals = part.read(positions)
+    originals, ids = part.read(positions), [part.ids[i] for i in positions.tolist()]
     images = masking.to_float(originals.to(device))
     if e.fill == "none":  # a control without any mask: nothing to explain
         maps = images.new_zeros((len(images), *images.shape[-2:]))
@@ -153,12 +153,36 @@ def make_proxies(
                 method=e.xai,
                 target=targets.to(device),
                 smooth=e.smooth,
-                ids=[part.ids[i] for i in positions.tolist()],
+                ids=ids,
                 seed=e.seed,
             )
-        mask = masking.region(maps, mask_region=e.mask_region, threshold_mode=e.threshold_mode, threshold=e.threshold)
-    changed = masking.apply(images, maps, mask, fill=e.fill, weight=e.weight, mask_region=e.mask_region)
+        mask = masking.region(
+            maps, mask_region=e.mask_region, threshold_mode=e.threshold_mode, threshold=e.threshold, max_share=e.max_share
+        )
+    changed = masking.apply(
+        images,
+        maps,
+        mask,
+        fill=e.fill,
+        weight=e.weight,
+        mask_region=e.mask_region,
+        feather=e.feather,
+        ids=ids,
+        seed=e.seed,
+        donors=donors(part, positions, seed=e.seed).to(device) if e.fill == "patch" else None,
+    )
     return Proxies(originals=originals, maps=maps.cpu(), mask=mask.cpu(), images=masking.to_uint8(changed).cpu())
+
+
+def donors(part: Part, positions: Tensor, *, seed: int) -> Tensor:
+    """Another training image for each of some, for the fill ``patch``; which one is seeded by the id.
+
+    Returns:
+        float32 [n, 3, S, S] in [0, 1], on the CPU.
+    """
+    others = len(part) - 1
+    shifts = [1 + derived_seed(seed, "patch", part.ids[i]) % others for i in positions.tolist()]
+    return masking.to_float(part.read((positions + torch.tensor(shifts, dtype=torch.long)) % len(part)))
 
 
 def choose(

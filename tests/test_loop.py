@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from pa_core import data, experiment, masking, schedule, train
 from pa_core.params import Experiment
-from pa_core.proxy import Overlay, proxy_step
+from pa_core.proxy import Overlay, donors, proxy_step
 from pa_core.runs import Run
 
 QUIET = {"log": lambda _text: None}
@@ -193,7 +193,25 @@ def test_every_fill_makes_the_proxies_that_its_rule_says(tmp_path, fill):
         value = masking.to_uint8(masking.FILL_VALUES[fill](masking.to_float(before)))
         filled = value.expand_as(before)
         assert all(torch.equal(torch.from_numpy(images)[i][:, changed[i]], filled[i][:, changed[i]]) for i in range(len(before)))
+    if fill == "patch":  # the same place of another training image
+        donor = masking.to_uint8(donors(part, torch.from_numpy(positions), seed=e.seed))
+        assert all(torch.equal(torch.from_numpy(images)[i][:, changed[i]], donor[i][:, changed[i]]) for i in range(len(before)))
+        assert not (donor == before).flatten(1).all(1).any()
     assert run.summary["unchanged_proxies"] == (len(images) if fill == "none" else int((~changed.flatten(1).any(1)).sum()))
+
+
+def test_a_cap_and_a_feather_reach_the_proxies(tmp_path):
+    e = small(tmp_path, fill="one", threshold=0.0, max_share=0.1, feather=1, train_fraction=0.02)
+    run = experiment.run(e, **QUIET)
+    assert run.summary["masked_share"] == pytest.approx(78 / 784, abs=1e-6)
+    images, positions = stored(run)
+    with np.load(run.path / "proxies" / "step_1" / "examples.npz") as file:
+        maps, mask = torch.from_numpy(file["maps"]), torch.from_numpy(file["mask"])
+    n = len(maps)
+    before = masking.to_float(experiment.load_data(e).train.read(torch.from_numpy(positions[:n])))
+    soft = masking.apply(before, maps, mask, fill="one", feather=1)
+    assert torch.equal(torch.from_numpy(images[:n]), masking.to_uint8(soft))
+    assert not torch.equal(soft, masking.apply(before, maps, mask, fill="one"))
 
 
 def test_transformers_get_proxies(tmp_path):
