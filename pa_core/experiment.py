@@ -86,6 +86,8 @@ def prepare(experiment: Experiment) -> Prepared:
     )
     if schedule.steps(experiment.schedule):
         _check_steps(experiment, len(dataset.train))
+        if experiment.fill != "none":
+            attribution.check(xai, smooth=experiment.smooth, model=model)
     digest = experiment.digest(data=dataset.digest, image_size=dataset.image_size, weights=weights)
     return Prepared(experiment=experiment, dataset=dataset, model=model, device=device, dtype=dtype, digest=digest)
 
