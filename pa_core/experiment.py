@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pa_core import attribution, data, metrics, models, runs, schedule, selection, train
 from pa_core.params import Experiment, ParameterError, derived_seed, runs_home, shown
-from pa_core.proxy import Overlay, Proxies, Record, choose, examples, make_proxies, proxy_step
+from pa_core.proxy import Choice, Overlay, Proxies, Record, choose, examples, make_proxies, proxy_step
 from pa_core.runs import Run, RunError
 
 Log = Callable[[str], None]
@@ -85,6 +85,8 @@ def prepare(experiment: Experiment) -> Prepared:
     )
     if schedule.steps(experiment.schedule):
         _check_steps(experiment, len(dataset.train))
+        if experiment.fill != "none":
+            attribution.check(xai, smooth=experiment.smooth, model=model)
     digest = experiment.digest(data=dataset.digest, image_size=dataset.image_size, weights=weights)
     return Prepared(experiment=experiment, dataset=dataset, model=model, device=device, dtype=dtype, digest=digest)
 
@@ -489,25 +491,16 @@ class Reopened:
 
     def worst(self, *, count: int = 16) -> tuple[Tensor, selection.Scores]:
         """Positions of the first ``count`` training images that a proxy step would choose now, and all scores."""
-        positions, _, scores = self._choose()
-        return positions[:count], scores
+        choice, scores = self._choose()
+        return choice.positions[:count], scores
 
     def proxies(self, *, count: int = SHOWN) -> Proxies:
-        """What a proxy step would make of its first ``count`` choices now; nothing is stored.
+        """What a proxy step would make of its first ``count`` choices now; nothing is stored."""
+        choice, _ = self._choose()
+        device = next(self.model.parameters()).device
+        return make_proxies(self.model, self.dataset.train, self.experiment, choice[:count], device=device)
 
-        ``shuffled`` deals maps out among the images shown, which are not those of the whole step.
-        """
-        positions, targets, _ = self._choose()
-        return make_proxies(
-            self.model,
-            self.dataset.train,
-            self.experiment,
-            positions=positions[:count],
-            targets=targets[:count],
-            device=next(self.model.parameters()).device,
-        )
-
-    def _choose(self) -> tuple[Tensor, Tensor, selection.Scores]:
+    def _choose(self) -> tuple[Choice, selection.Scores]:
         device = next(self.model.parameters()).device
         return choose(self.model, self.dataset.train, self.experiment, step=1, device=device, dtype=torch.float32)
 

@@ -298,7 +298,10 @@ def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> tuple[Figure, p
 
 @styled
 def fills(originals: Tensor, maps: Tensor, mask: Tensor, *, names: Sequence[str] = masking.FILLS, weight: float = 1.0, mask_region: str = "salient") -> tuple[Figure, pd.DataFrame]:
-    """A row per image, a column per fill; the same heatmap and mask throughout. uint8 [n, 3, S, S]."""
+    """A row per image, a column per fill; the same heatmap and mask throughout. uint8 [n, 3, S, S].
+
+    ``patch`` takes from the image above, the first row from the last; a proxy step takes from any training image.
+    """
     images, rows = masking.to_float(originals), []
     if len(images) == 0:
         return _nothing("no image qualifies"), pd.DataFrame(columns=["image", "fill", "weight", "mean_change"])
@@ -306,7 +309,8 @@ def fills(originals: Tensor, maps: Tensor, mask: Tensor, *, names: Sequence[str]
     for i in range(len(images)):
         _picture(axes[i, 0], originals[i], "original" if i == 0 else "")
     for k, name in enumerate(names, 1):
-        changed = masking.to_uint8(masking.apply(images, maps, mask, fill=name, weight=weight, mask_region=mask_region))
+        how = {"fill": name, "weight": weight, "mask_region": mask_region, "donors": images.roll(1, 0)}
+        changed = masking.to_uint8(masking.apply(images, maps, mask, **how))
         for i in range(len(images)):
             _picture(axes[i, k], changed[i], name if i == 0 else "")
             difference = (changed[i].float() - originals[i].float()).abs().mean() / 255
@@ -325,16 +329,20 @@ def threshold_by_weight(
     threshold_mode: str = "quantile",
     mask_region: str = "salient",
 ) -> tuple[Figure, pd.DataFrame]:
-    """The first image of a batch: a row per threshold, a column per weight. uint8 [n, 3, S, S], maps [n, S, S]."""
+    """The first image of a batch: a row per threshold, a column per weight. uint8 [n, 3, S, S], maps [n, S, S].
+
+    ``patch`` takes from the last image of the batch.
+    """
     if len(originals) == 0:
         return _nothing("no image qualifies"), pd.DataFrame(columns=["threshold", "weight", "fill", "masked_share", "mean_change"])
     where = {"mask_region": mask_region}
     figure, axes = _new(len(thresholds), len(weights), width=1.25 * len(weights) + 0.6, height=1.25 * len(thresholds) + 0.4)
     image, heatmap, rows = masking.to_float(originals[:1]), maps[:1], []
+    donors = masking.to_float(originals[-1:])
     for i, t in enumerate(thresholds):
         mask = masking.region(heatmap, threshold_mode=threshold_mode, threshold=t, **where)
         for k, w in enumerate(weights):
-            changed = masking.apply(image, heatmap, mask, fill=fill, weight=w, **where)
+            changed = masking.apply(image, heatmap, mask, fill=fill, weight=w, donors=donors, **where)
             _picture(axes[i, k], masking.to_uint8(changed)[0], f"weight {w:g}" if i == 0 else "")
             share = float(mask.float().mean())
             rows.append({"threshold": t, "weight": w, "fill": fill, "masked_share": share, "mean_change": float((changed - image).abs().mean())})

@@ -26,8 +26,7 @@ SCHEMA = 1
 """Raised when a parameter changes its meaning, so that old runs are not taken for new ones."""
 
 SELECT = ("misclassified", "loss", "margin", "entropy", "random", "easiest", "all")
-FILLS = ("zero", "one", "mean", "max", "min", "half_max", "blend", "none")
-FILLS_LATER = ("noise", "blur", "patch")
+FILLS = ("zero", "one", "mean", "max", "min", "half_max", "noise", "blur", "patch", "blend", "none")
 AUGMENTATIONS = ("flip", "rotate", "crop", "erase", "cutmix", "mixup")
 
 
@@ -232,8 +231,10 @@ COERCE: dict[str, Callable[[Any], Any]] = {
     "mask_region": _choice("salient", "rest"),
     "threshold_mode": _choice("absolute", "quantile"),
     "threshold": _real("allowed is a number from 0 to 1", lambda x: 0 <= x <= 1),
-    "fill": _choice(*FILLS, later=FILLS_LATER),
+    "max_share": _real("allowed is a number above 0 and up to 1", lambda x: 0 < x <= 1),
+    "fill": _choice(*FILLS),
     "weight": _real("allowed is a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "feather": _integer(0, 4096),
     "overlay": _choice("replace", "append"),
     "keep_proxies": _choice("last", "all"),
     "protocol": _choice("clean", later=("thesis",)),
@@ -254,8 +255,8 @@ COERCE: dict[str, Callable[[Any], Any]] = {
 }
 
 _PROXY_ONLY = frozenset(
-    "xai xai_target cam_layer smooth select fraction mask_region threshold_mode threshold fill weight overlay "
-    "keep_proxies".split()
+    "xai xai_target cam_layer smooth select fraction mask_region threshold_mode threshold max_share fill weight feather "
+    "overlay keep_proxies".split()
 )
 # Neither places nor what the data digest and the resolved image size, which enter the identity, say already
 _ELSEWHERE = frozenset("data_dir device store runs_dir bad_images image_size".split())
@@ -288,8 +289,10 @@ class Experiment:
     mask_region: str = "salient"
     threshold_mode: str = "quantile"
     threshold: float = 0.75
+    max_share: float = 1.0
     fill: str = "mean"
     weight: float = 1.0
+    feather: int = 0
     overlay: str = "replace"
     keep_proxies: str = "last"
     protocol: str = "clean"
@@ -373,7 +376,8 @@ class Experiment:
         if self.select == "all":
             unused.add("fraction")
         if self.fill == "none":
-            unused |= {"weight", "threshold", "threshold_mode", "mask_region", "xai", "xai_target", "cam_layer", "smooth"}
+            unused |= {"weight", "feather", "threshold", "threshold_mode", "max_share", "mask_region"}
+            unused |= {"xai", "xai_target", "cam_layer", "smooth"}
         if isinstance(self.pretrained, str):
             unused.add("pretrained")  # the file's content counts, see `digest`
         defaults = type(self)()

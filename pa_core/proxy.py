@@ -15,18 +15,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pa_core import attribution, masking, selection
 from pa_core.data import Part, send
+from pa_core.models import Classifier
 from pa_core.params import Experiment, derived_seed
-from pa_core.train import autocast, evaluate
+from pa_core.train import autocast, evaluate, evaluation_batch, feed, pixels
 
 EXAMPLES = 16
 """Heatmaps kept per step, of the first choices, to be looked at; all are not, they would take more room than the proxies."""
 
 CHUNK = 64
-"""Images explained at once. Part of the definition of ``shuffled``, which deals maps out within a chunk."""
+"""Images explained and masked at once, so that memory does not grow with the number of proxies."""
+
+MOST_BYTES_OF_MAPS = 2**28
+"""Maps of all training images are kept during the scoring pass as long as they are no more than this (an early CAM
+layer's grid is fine); beyond it, the selected images are explained by a pass of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,63 +149,133 @@ class Overlay:
         return torch.from_numpy(np.stack(picked))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a proxy step selected.
+
+    Attributes:
+        positions: int64 [K] in the training part, the first choice first.
+        targets: int64 [K], the classes to explain.
+        maps: float32 [K, h, w], raw class activation maps on the CAM layer's grid, from the scoring pass; None where the
+            method needs a pass of its own, or nothing is explained.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    maps: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, rows: slice | Tensor) -> Choice:
+        maps = None if self.maps is None else self.maps[rows]
+        return Choice(positions=self.positions[rows], targets=self.targets[rows], maps=maps)
+
+
 def make_proxies(
-    model: nn.Module,
+    model: Classifier,
     part: Part,
     experiment: Experiment,
+    choice: Choice,
     *,
-    positions: Tensor,
-    targets: Tensor,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Proxies:
-    """Explain and mask some training images, as the parameters say.
-
-    Args:
-        positions: [n] in ``part``.
-        targets: [n] int64, the classes to explain.
-    """
-    e = experiment
-    originals = part.read(positions)
+    """Explain and mask the chosen training images, as the parameters say."""
+    e, positions = experiment, choice.positions
+    originals, ids = part.read(positions), [part.ids[i] for i in positions.tolist()]
     images = masking.to_float(originals.to(device))
     if e.fill == "none":  # a control without any mask: nothing to explain
         maps = images.new_zeros((len(images), *images.shape[-2:]))
         mask = maps.bool()
     else:
-        with autocast(device, dtype):
-            maps = attribution.heatmaps(
-                model,
-                images,
-                method=e.xai,
-                target=targets.to(device),
-                smooth=e.smooth,
-                ids=[part.ids[i] for i in positions.tolist()],
-                seed=e.seed,
-            )
-        mask = masking.region(maps, mask_region=e.mask_region, threshold_mode=e.threshold_mode, threshold=e.threshold)
-    changed = masking.apply(images, maps, mask, fill=e.fill, weight=e.weight, mask_region=e.mask_region)
+        maps = _heatmaps(model, images, e, choice, ids=ids, device=device, dtype=dtype)
+        mask = masking.region(
+            maps, mask_region=e.mask_region, threshold_mode=e.threshold_mode, threshold=e.threshold, max_share=e.max_share
+        )
+    changed = masking.apply(
+        images,
+        maps,
+        mask,
+        fill=e.fill,
+        weight=e.weight,
+        mask_region=e.mask_region,
+        feather=e.feather,
+        ids=ids,
+        seed=e.seed,
+        donors=donors(part, positions, seed=e.seed).to(device) if e.fill == "patch" else None,
+    )
     return Proxies(originals=originals.cpu(), maps=maps.cpu(), mask=mask.cpu(), images=masking.to_uint8(changed).cpu())
 
 
-def choose(
-    model: nn.Module, part: Part, experiment: Experiment, *, step: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, selection.Scores]:
-    """Score all training images and select some.
+def _heatmaps(
+    model: Classifier, images: Tensor, e: Experiment, choice: Choice, *, ids: list[str], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """[n, S, S] in [0, 1]: from the maps of the scoring pass, or by a pass of their own."""
+    if choice.maps is not None:
+        return attribution.from_grids(choice.maps, image_size=images.shape[-1], smooth=e.smooth)
+    target = choice.targets.to(device)
+    with autocast(device, dtype):
+        return attribution.heatmaps(model, images, method=e.xai, target=target, smooth=e.smooth, ids=ids, seed=e.seed)
+
+
+def donors(part: Part, positions: Tensor, *, seed: int) -> Tensor:
+    """Another training image for each of some, for the fill ``patch``; which one is seeded by the id.
 
     Returns:
-        positions [K], the first choice first; targets [K], the classes to explain; the scores of all images.
+        float32 [n, 3, S, S] in [0, 1], on the part's device.
     """
-    scores = selection.score(evaluate(model, part, device=device, dtype=dtype).logits, part.labels)
-    seed = derived_seed(experiment.seed, "proxy step", step)
-    positions = selection.select(scores, by=experiment.select, fraction=experiment.fraction, seed=seed)
-    if experiment.xai == "shuffled" and len(positions) == 1:
+    others = len(part) - 1
+    shifts = [1 + derived_seed(seed, "patch", part.ids[i]) % others for i in positions.tolist()]
+    return masking.to_float(part.read((positions + torch.tensor(shifts, dtype=torch.long)) % len(part)))
+
+
+def choose(
+    model: Classifier, part: Part, experiment: Experiment, *, step: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Choice, selection.Scores]:
+    """Score all training images and select some.
+
+    With a class activation map, the pass that scores the images makes the maps, too: it has just computed all they need.
+
+    Returns:
+        the choice; the scores of all images.
+    """
+    e = experiment
+    logits, maps = _scored(model, part, e, device=device, dtype=dtype)
+    scores = selection.score(logits, part.labels)
+    positions = selection.select(scores, by=e.select, fraction=e.fraction, seed=derived_seed(e.seed, "proxy step", step))
+    dealt = attribution.METHODS[attribution.resolve(e.xai)].dealt
+    if dealt and len(positions) == 1:
         positions = positions[:0]  # there is no other image whose map it could get; the log says that none was selected
-    explained = scores.predicted if experiment.xai_target == "predicted" else scores.labels
-    return positions, explained[positions], scores
+    if maps is not None:
+        maps = maps[positions.to(maps.device)]
+        if dealt and len(positions):
+            maps = maps[attribution.derangement([part.ids[i] for i in positions.tolist()], e.seed).to(maps.device)]
+    explained = scores.predicted if e.xai_target == "predicted" else scores.labels
+    return Choice(positions=positions, targets=explained[positions], maps=maps), scores
+
+
+def _scored(
+    model: Classifier, part: Part, e: Experiment, *, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [N, C] of all training images, on the CPU; where one pass gives both, their raw maps [N, h, w]."""
+    h, w = model.cam.grid
+    if e.fill == "none" or not attribution.fused(e.xai, e.smooth) or 4 * len(part) * h * w > MOST_BYTES_OF_MAPS:
+        return evaluate(model, part, device=device, dtype=dtype).logits, None
+    logits, maps = [], []
+    with attribution.as_found(model):
+        order = torch.arange(len(part)).split(evaluation_batch(part))
+        for index, images in zip(order, feed(part, order, device), strict=True):
+            target = send(part.labels[index], device) if e.xai_target == "label" else None
+            with autocast(device, dtype):
+                made, scored = attribution.grids(model, pixels(images), method=e.xai, target=target, smooth=e.smooth)
+            logits.append(scored.float())
+            maps.append(made)
+    return torch.cat(logits).cpu(), torch.cat(maps)
 
 
 def proxy_step(
-    model: nn.Module,
+    model: Classifier,
     part: Part,
     experiment: Experiment,
     *,
@@ -221,29 +296,27 @@ def proxy_step(
     for leftover in (building, directory):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=False) if leftover.exists() else None
     building.mkdir(parents=True)
-    positions, targets, scores = choose(model, part, experiment, step=step, device=device, dtype=dtype)
+    choice, scores = choose(model, part, experiment, step=step, device=device, dtype=dtype)
     scoring_seconds = time.perf_counter() - started
     tally = _Tally()
-    with _Images(building / "images.npy", count=len(positions), like=part) as images:
-        for at in _chunks(len(positions)):
-            made = make_proxies(
-                model, part, experiment, positions=positions[at], targets=targets[at], device=device, dtype=dtype
-            )
+    with _Images(building / "images.npy", count=len(choice), like=part) as images:
+        for at in _chunks(len(choice)):
+            made = make_proxies(model, part, experiment, choice[at], device=device, dtype=dtype)
             images.write(at, made.images)
             tally.add(made)
             if int(at[0]) == 0:
                 np.savez(building / "examples.npz", maps=made.maps[:EXAMPLES].numpy(), mask=made.mask[:EXAMPLES].numpy())
                 if show is not None:
                     show(made)
-    np.save(building / "positions.npy", positions.numpy())
-    tally.table(part, positions, targets, scores).to_csv(building / "proxies.csv", index=False)
+    np.save(building / "positions.npy", choice.positions.numpy())
+    tally.table(part, choice, scores).to_csv(building / "proxies.csv", index=False)
     building.rename(directory)
     asked = len(part) if experiment.select == "all" else selection.count(len(part), experiment.fraction)
     return Record(
         step=step,
         epoch=epoch,
         asked=asked,
-        images=len(positions),
+        images=len(choice),
         masked_share=tally.masked_share(),
         unchanged=sum(tally.unchanged),
         blank=tally.blank if experiment.fill != "none" else 0,
@@ -268,7 +341,7 @@ def examples(directory: Path, part: Part, *, count: int) -> tuple[Proxies, Tenso
 
 
 def _chunks(n: int) -> tuple[Tensor, ...]:
-    """Equal chunks of at most CHUNK positions: none is left with one image, which `shuffled` could not serve."""
+    """Equal chunks of at most CHUNK rows: none is left with one image, which a flipped `shuffled` could not serve."""
     return torch.arange(n).tensor_split(-(-n // CHUNK)) if n else ()
 
 
@@ -287,14 +360,14 @@ class _Tally:
     def masked_share(self) -> float:
         return float(np.mean(self.shares)) if self.shares else 0.0
 
-    def table(self, part: Part, positions: Tensor, targets: Tensor, scores: selection.Scores) -> pd.DataFrame:
-        rows = positions.tolist()
+    def table(self, part: Part, choice: Choice, scores: selection.Scores) -> pd.DataFrame:
+        positions, rows = choice.positions, choice.positions.tolist()
         return pd.DataFrame(  # the columns of runs.PROXY_COLUMNS
             {
                 "id": [part.ids[i] for i in rows],
                 "label": part.labels[positions].numpy(),
                 "predicted": scores.predicted[positions].numpy(),
-                "explained": targets.numpy(),
+                "explained": choice.targets.numpy(),
                 "loss": scores.loss[positions].numpy(),
                 "masked_share": self.shares,
                 "unchanged": self.unchanged,

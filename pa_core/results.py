@@ -31,7 +31,7 @@ MEASURED = (
 )
 # What two runs may differ in and still be the same arm, or the plain and the scheduled run of one pair
 _PROXY_PARAMETERS = (
-    "xai xai_target cam_layer smooth schedule select fraction mask_region threshold_mode threshold fill weight overlay "
+    "xai xai_target cam_layer smooth schedule select fraction mask_region threshold_mode threshold max_share fill weight feather overlay "
     "keep_proxies"
 ).split()
 _PLACES = ["data_dir", "runs_dir", "device", "bad_images", "pretrained"]

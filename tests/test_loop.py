@@ -1,6 +1,7 @@
 """The loop on real images: tests that would have caught the predecessor's faults."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from pa_core import data, experiment, masking, schedule, train
 from pa_core.params import Experiment
-from pa_core.proxy import Overlay, proxy_step
+from pa_core.proxy import Overlay, donors, proxy_step
 from pa_core.runs import Run
 
 QUIET = {"log": lambda _text: None}
@@ -194,7 +195,72 @@ def test_every_fill_makes_the_proxies_that_its_rule_says(tmp_path, fill):
         value = masking.to_uint8(masking.FILL_VALUES[fill](masking.to_float(before)))
         filled = value.expand_as(before)
         assert all(torch.equal(torch.from_numpy(images)[i][:, changed[i]], filled[i][:, changed[i]]) for i in range(len(before)))
+    if fill == "patch":  # the same place of another training image
+        donor = masking.to_uint8(donors(part, torch.from_numpy(positions), seed=e.seed))
+        assert all(torch.equal(torch.from_numpy(images)[i][:, changed[i]], donor[i][:, changed[i]]) for i in range(len(before)))
+        assert not (donor == before).flatten(1).all(1).any()
     assert run.summary["unchanged_proxies"] == (len(images) if fill == "none" else int((~changed.flatten(1).any(1)).sum()))
+
+
+def test_a_cap_and_a_feather_reach_the_proxies(tmp_path):
+    e = small(tmp_path, fill="one", threshold=0.0, max_share=0.1, feather=1, train_fraction=0.02)
+    run = experiment.run(e, **QUIET)
+    assert run.summary["masked_share"] == pytest.approx(78 / 784, abs=1e-6)
+    images, positions = stored(run)
+    with np.load(run.path / "proxies" / "step_1" / "examples.npz") as file:
+        maps, mask = torch.from_numpy(file["maps"]), torch.from_numpy(file["mask"])
+    n = len(maps)
+    before = masking.to_float(experiment.load_data(e).train.read(torch.from_numpy(positions[:n])))
+    soft = masking.apply(before, maps, mask, fill="one", feather=1)
+    assert torch.equal(torch.from_numpy(images[:n]), masking.to_uint8(soft))
+    assert not torch.equal(soft, masking.apply(before, maps, mask, fill="one"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A little training, so that heatmaps are not those of noise: the experiment, its training part and its network."""
+    e = small(tmp_path_factory.mktemp("trained"), schedule="2", train_fraction=0.05)
+    opened = experiment.reopen(experiment.run(e, **QUIET))
+    return opened.experiment, opened.dataset.train, opened.model
+
+
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+
+
+def made_by(folder, trained, **how):
+    """Proxies [K, 3, S, S] and positions of one step, and how many images went through the network's first layer."""
+    e, part, model = trained
+    seen = []
+    first = next(m for m in model.network.modules() if isinstance(m, torch.nn.Conv2d))
+    handle = first.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    try:
+        proxy_step(model, part, replace(e, schedule="1,p,1", **how), step=1, epoch=1, directory=folder, **CPU)
+    finally:
+        handle.remove()
+    return np.load(folder / "images.npy"), np.load(folder / "positions.npy"), sum(seen)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(xai="eigencam"), dict(xai="shuffled"), dict(smooth="gaussian"), dict(xai_target="label")])
+def test_a_cam_costs_no_pass_beyond_scoring_and_is_the_same(tmp_path, trained, monkeypatch, how):
+    """What scoring has just computed is used; explaining the selected images once more would give the same proxies."""
+    fused, at, images = made_by(tmp_path / "fused", trained, **how)
+    assert images == len(trained[1])
+    monkeypatch.setattr("pa_core.proxy.MOST_BYTES_OF_MAPS", 0)
+    again, where, more = made_by(tmp_path / "again", trained, **how)
+    assert more >= len(trained[1]) + len(at)
+    assert np.array_equal(at, where)
+    if "shuffled" not in how.values():  # dealt within a chunk where there is a pass per chunk
+        different = (fused != again).any(axis=(1, 2, 3)).mean()
+        assert different <= 0.05, "a pixel at the threshold may fall on either side of it, in few images"
+
+
+def test_shuffled_maps_do_not_depend_on_the_chunks(tmp_path, trained, monkeypatch):
+    whole, _, _ = made_by(tmp_path / "whole", trained, xai="shuffled")
+    monkeypatch.setattr("pa_core.proxy.CHUNK", 5)
+    pieces, _, _ = made_by(tmp_path / "pieces", trained, xai="shuffled")
+    assert np.array_equal(whole, pieces)
+    own, _, _ = made_by(tmp_path / "own", trained, xai="gradcam")
+    assert (whole != own).any(axis=(1, 2, 3)).mean() > 0.9, "images got their own map"
 
 
 def test_transformers_get_proxies(tmp_path):

@@ -1,7 +1,9 @@
-"""Masking rules against hand-computed values."""
+"""Masking rules: against hand-computed values, and what must hold for any image and heatmap."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pa_core import masking
 from pa_core.params import ParameterError
@@ -48,7 +50,8 @@ def test_weight_by_hand():
 @pytest.mark.parametrize("fill", masking.FILLS)
 def test_weight_zero_is_the_identity(fill):
     images = torch.rand(3, 3, 8, 8)
-    proxy = masking.apply(images, torch.rand(3, 8, 8), torch.ones(3, 8, 8, dtype=torch.bool), fill=fill, weight=0.0)
+    everywhere = torch.ones(3, 8, 8, dtype=torch.bool)
+    proxy = masking.apply(images, torch.rand(3, 8, 8), everywhere, fill=fill, weight=0.0, donors=images.flip(0))
     assert torch.equal(proxy, images)
 
 
@@ -90,3 +93,133 @@ def test_uint8_round_trip():
 def test_unknown_fill():
     with pytest.raises(ParameterError, match="fill"):
         masking.apply(IMAGE, MAP, RIGHT_TOP, fill="purple")
+
+
+def test_patch_takes_the_same_place_of_the_donor():
+    donor = torch.rand(1, 3, 2, 2)
+    proxy = masking.apply(IMAGE, MAP, RIGHT_TOP, fill="patch", weight=0.5, donors=donor)
+    assert torch.equal(proxy[0, :, 0, 1], 0.5 * IMAGE[0, :, 0, 1] + 0.5 * donor[0, :, 0, 1])
+    with pytest.raises(ParameterError, match="donors"):
+        masking.apply(IMAGE, MAP, RIGHT_TOP, fill="patch")
+
+
+def test_noise_has_the_statistics_of_the_image_and_is_its_own():
+    images = 0.5 + 0.1 * torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images[1] += 0.1
+    everywhere = torch.ones(2, 64, 64, dtype=torch.bool)
+    noise = masking.apply(images, images[:, 0], everywhere, fill="noise", ids=["a", "b"])
+    assert torch.allclose(noise.mean((2, 3)), images.mean((2, 3)), atol=0.01)
+    assert torch.allclose(noise.std((2, 3)), images.std((2, 3)), atol=0.01)
+    alone = masking.apply(images[1:], images[1:, 0], everywhere[1:], fill="noise", ids=["b"])
+    assert torch.equal(alone, noise[1:]), "noise depends on the other images of the batch"
+    assert not torch.equal(alone, masking.apply(images[1:], images[1:, 0], everywhere[1:], fill="noise", ids=["b"], seed=1))
+
+
+def test_blur_is_the_gaussian_of_the_image():
+    """A single bright pixel becomes the outer product of two normalised Gaussians with sigma = side / 8, cut at two sigma."""
+    image = torch.zeros(1, 3, 32, 32)
+    image[..., 16, 16] = 1
+    blurred = masking.apply(image, image[:, 0], torch.ones(1, 32, 32, dtype=torch.bool), fill="blur")[0, 0]
+    line = torch.exp(-((torch.arange(32) - 16.0) ** 2) / (2 * 4**2)) * ((torch.arange(32) - 16).abs() <= 8)
+    line = line / line.sum()
+    assert torch.allclose(blurred, line[:, None] * line[None], atol=1e-6)
+
+
+def test_max_share_keeps_the_highest():
+    above = {"threshold_mode": "absolute", "threshold": 0.15}
+    assert masking.region(MAP, **above).sum() == 3
+    assert masking.region(MAP, **above, max_share=0.5).tolist() == [[[False, True], [True, False]]]
+    assert masking.region(MAP, **above, max_share=0.25).tolist() == [[[False, True], [False, False]]]
+    assert masking.region(MAP, threshold_mode="absolute", threshold=0.6, max_share=0.5).tolist() == [[[False, True], [False, False]]]
+    assert masking.region(MAP, threshold=0.0, max_share=0.5).tolist() == [[[False, True], [True, False]]]
+
+
+def test_feather_by_hand():
+    mask = torch.zeros(1, 7, 7, dtype=torch.bool)
+    mask[0, 1:6, 1:6] = True
+    ramp = masking.feathered(mask, feather=2)[0] * 3
+    assert ramp.round().int().tolist() == [
+        [0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1, 1, 0],
+        [0, 1, 2, 2, 2, 1, 0],
+        [0, 1, 2, 3, 2, 1, 0],
+        [0, 1, 2, 2, 2, 1, 0],
+        [0, 1, 1, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+    ]
+    corner = torch.zeros(1, 7, 7, dtype=torch.bool)
+    corner[0, :3, :3] = True  # the image's border is no edge
+    assert (masking.feathered(corner, feather=2)[0, :3, :3] * 3).round().int().tolist() == [[3, 2, 1], [2, 2, 1], [1, 1, 1]]
+    proxy = masking.apply(torch.zeros(1, 3, 7, 7), mask.float(), mask, fill="one", weight=0.5, feather=2)
+    assert torch.allclose(proxy[0, 1], ramp / 6)
+
+
+sizes = st.integers(2, 12)
+shares = st.floats(0, 1)
+
+
+@st.composite
+def batches(draw):
+    """Images, heatmaps (with plateaus, as ReLU makes them) and donors."""
+    n, size, seed, levels = draw(st.integers(1, 3)), draw(sizes), draw(st.integers(0, 10**6)), draw(st.sampled_from([2, 3, 1000]))
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.randint(0, levels, (n, size, size), generator=generator) / (levels - 1)
+    images, donors = (torch.rand(n, 3, size, size, generator=generator) for _ in range(2))
+    return images, maps, donors
+
+
+how = {
+    "mask_region": st.sampled_from(["salient", "rest"]),
+    "threshold_mode": st.sampled_from(["absolute", "quantile"]),
+    "threshold": shares,
+    "max_share": st.floats(0.01, 1),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches(), st.fixed_dictionaries(how), st.sampled_from(masking.FILLS), shares, st.integers(0, 5))
+def test_pixels_outside_the_mask_are_unchanged_bit_for_bit(batch, where, fill, weight, feather):
+    images, maps, donors = batch
+    mask = masking.region(maps, **where)
+    proxy = masking.apply(
+        images, maps, mask, fill=fill, weight=weight, mask_region=where["mask_region"], feather=feather, donors=donors
+    )
+    outside = ~mask.unsqueeze(1).expand_as(images)
+    assert torch.equal(proxy[outside].view(torch.int32), images[outside].view(torch.int32))
+    assert proxy.isfinite().all() and proxy.amin() >= 0 and proxy.amax() <= 1 + 1e-6
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches(), st.fixed_dictionaries(how), shares)
+def test_the_masked_area_falls_as_the_threshold_rises(batch, where, other):
+    low, high = sorted([where["threshold"], other])
+    low_mask, high_mask = (masking.region(batch[1], **(where | {"threshold": t})) for t in (low, high))
+    assert (high_mask <= low_mask).all(), "a higher threshold masks a subset"
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches(), st.sampled_from(masking.FILLS), st.integers(0, 5))
+def test_weight_zero_is_the_identity_for_any_batch(batch, fill, feather):
+    images, maps, donors = batch
+    mask = masking.region(maps, threshold=0.3)
+    assert torch.equal(masking.apply(images, maps, mask, fill=fill, weight=0.0, feather=feather, donors=donors), images)
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches(), st.sampled_from(["salient", "rest"]), shares, st.floats(0.01, 1))
+def test_quantile_masks_exactly_its_share_of_each_image(batch, mask_region, q, max_share):
+    maps = batch[1]
+    pixels = maps[0].numel()
+    counts = masking.region(maps, mask_region=mask_region, threshold=q).flatten(1).sum(1)
+    assert counts.tolist() == [round((1 - q) * pixels)] * len(maps)
+    capped = masking.region(maps, mask_region=mask_region, threshold=q, max_share=max_share).flatten(1).sum(1)
+    assert capped.tolist() == [min(round((1 - q) * pixels), round(max_share * pixels))] * len(maps)
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches(), st.fixed_dictionaries(how))
+def test_what_is_masked_ranks_above_what_is_not(batch, where):
+    maps = 1 - batch[1] if where["mask_region"] == "rest" else batch[1]
+    for heatmap, mask in zip(maps, masking.region(batch[1], **where), strict=True):
+        if mask.any() and not mask.all():
+            assert heatmap[mask].min() >= heatmap[~mask].max()

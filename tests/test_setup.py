@@ -155,23 +155,31 @@ def test_parameters_are_read_without_loading_torch_or_numpy(module):
     assert done.stdout.strip() == "", f"{module} loads {done.stdout}"
 
 
-DATA_CHAIN = ("decode", "workers", "store", "folder", "sources", "splits", "augment", "dataset")
+PACKAGES = {
+    "data": "decode workers store folder sources splits augment dataset".split(),
+    "attribution": "base cams captum_methods transformers controls table maps".split(),
+}
+"""Links of the chain that are packages, and the chains inside."""
+EMBEDDED = {"fashion_mini"}
+PACKAGE_FILES = [path for package in PACKAGES for path in sorted((ROOT / "pa_core" / package).glob("*.py"))]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "pa_core" / "data").glob("*.py")), ids=lambda path: path.stem)
-def test_the_data_package_is_one_link_and_a_chain_inside(path):
-    """Outside it may import only what stands above ``data``; inside, the files before it."""
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_a_package_is_one_link_and_a_chain_inside(path):
+    """Outside it may import only what stands above it; inside, the files before it. __init__ and __main__ come last."""
+    package = path.parent.name
     outside, inside = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pa_core"):
             parts = node.module.split(".")
-            if parts[1:2] == ["data"]:
+            if parts[1:2] == [package]:
                 inside |= {parts[2]} if len(parts) > 2 else {alias.name for alias in node.names}
             else:
                 outside |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    assert outside - {"fashion_mini"} <= {"schedule", "params"}
-    if path.stem != "__init__":
-        assert path.stem in DATA_CHAIN and inside <= set(DATA_CHAIN[: DATA_CHAIN.index(path.stem)])
+    assert outside - EMBEDDED <= set(CHAIN[: CHAIN.index(package)])
+    if not path.stem.startswith("__"):
+        chain = PACKAGES[package]
+        assert path.stem in chain and inside <= set(chain[: chain.index(path.stem)])
 
 
 def test_every_python_file_is_in_a_package_that_is_installed():

@@ -1,0 +1,79 @@
+"""What every explanation method shares: the question it is asked, the scaling, and a model left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from pa_core.models import Classifier
+from pa_core.params import derived_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one call explains.
+
+    Attributes:
+        model: in eval mode.
+        images: [N, 3, S, S] in [0, 1].
+        target: [N] int64, the class to explain.
+        ids: one text per image; seeds whatever is drawn for it.
+        seed: seeds it too.
+    """
+
+    model: Classifier
+    images: Tensor
+    target: Tensor
+    ids: Sequence[str]
+    seed: int
+
+
+def score(logits: Tensor, target: Tensor) -> Tensor:
+    """Sum of the explained logits, whose gradient by one image's pixels or activations is that image's own."""
+    return logits.float().gather(1, target[:, None]).sum()
+
+
+def scale(maps: Tensor) -> Tensor:
+    """Per image to [0, 1]: minimum to 0, maximum to 1; a constant map to 0. [N, H, W]."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    span = high - low
+    return torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1), 0)
+
+
+def resize(maps: Tensor, size: int) -> Tensor:
+    """[N, h, w] -> [N, size, size], bilinear."""
+    return F.interpolate(maps.unsqueeze(1), size=(size, size), mode="bilinear").squeeze(1)
+
+
+def blur(maps: Tensor, *, sigma: float) -> Tensor:
+    """Gaussian blur, cut at three sigma, of [N, S, S]."""
+    kernel = 2 * round(3 * sigma) + 1
+    return gaussian_blur(maps.unsqueeze(1), kernel_size=[kernel] * 2, sigma=[sigma] * 2).squeeze(1)
+
+
+def generator(seed: int, *labels: object) -> torch.Generator:
+    """A CPU generator of its own, so that the same numbers are drawn for every device."""
+    return torch.Generator().manual_seed(derived_seed(seed, *labels))
+
+
+@contextmanager
+def as_found(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode within; every module's own mode, the parameters' ``.grad`` and the RNG states as found afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, gradient in gradients:
+                parameter.grad = gradient

@@ -1,0 +1,141 @@
+"""Class activation maps: in batch, on the device, from one forward pass and a backward pass down to the CAM layer.
+
+``A`` are that layer's activations [N, C, h, w], ``g`` the gradient of the explained logit by them. A method says how
+much each channel and place counts as evidence, [N, C, h, w]; the map is the sum over the channels, or their first
+principal component, and what speaks against the class is cut off at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pa_core.attribution.base import Request, resize, score
+from pa_core.models import Classifier
+
+SCORED_AT_ONCE = 64
+"""Masked images that scorecam has in memory at once; more only where the batch itself is larger."""
+
+Evidence = Callable[[Tensor, Tensor], Tensor]
+
+
+def gradcam(A: Tensor, g: Tensor) -> Tensor:
+    """w_k A_k, with w_k the mean of g_k over the places (Selvaraju et al. 2017, eq. 1 and 2)."""
+    return g.mean((2, 3), keepdim=True) * A
+
+
+def gradcam_plus_plus(A: Tensor, g: Tensor) -> Tensor:
+    """w_k A_k, with w_k = sum of alpha * relu(g) over the places (Chattopadhay et al. 2018, eq. 5 and 19).
+
+    alpha = g^2 / (2 g^2 + sum(A) g^3), the sum over the places. The paper explains exp(logit): that multiplies all
+    of an image's weights by one positive number, which the scaling to [0, 1] removes. Where g is 0, alpha is 0.
+    """
+    square = g * g
+    denominator = 2 * square + A.sum((2, 3), keepdim=True) * square * g
+    alpha = torch.where(denominator != 0, square / torch.where(denominator != 0, denominator, 1), 0)
+    return (alpha * g.relu()).sum((2, 3), keepdim=True) * A
+
+
+def hirescam(A: Tensor, g: Tensor) -> Tensor:
+    """g_k A_k, element by element (Draelos & Carin 2020, eq. 3)."""
+    return g * A
+
+
+def xgradcam(A: Tensor, g: Tensor) -> Tensor:
+    """w_k A_k, with w_k = sum(g_k A_k) / sum(A_k) over the places (Fu et al. 2020, eq. 8). Where sum(A_k) is 0, w_k is 0."""
+    total = A.sum((2, 3), keepdim=True)
+    weight = torch.where(total != 0, (g * A).sum((2, 3), keepdim=True) / torch.where(total != 0, total, 1), 0)
+    return weight * A
+
+
+def layercam(A: Tensor, g: Tensor) -> Tensor:
+    """relu(g_k) A_k, element by element (Jiang et al. 2021, eq. 5 and 6)."""
+    return g.relu() * A
+
+
+def eigencam(A: Tensor, g: Tensor) -> Tensor:
+    """A itself, of which the first principal component is taken (Muhammad & Yeasin 2020). g only gives it its sign."""
+    return A
+
+
+def first_component(evidence: Tensor, toward: Tensor) -> Tensor:
+    """Projection of the evidence, centred over the places, on its first principal component, [N, C, h, w] -> [N, h, w].
+
+    A component has no sign of its own: it is turned such that it correlates with ``toward`` [N, h, w].
+    """
+    n, _, h, w = evidence.shape
+    x = evidence.float().flatten(2).transpose(1, 2)  # [N, h*w, C]
+    x = x - x.mean(1, keepdim=True)
+    # Left singular vector times singular value, from the smaller Gram matrix.
+    if x.shape[1] <= x.shape[2]:
+        values, vectors = torch.linalg.eigh(x @ x.transpose(1, 2))
+        projected = vectors[..., -1] * values[:, -1:].clamp(min=0).sqrt()
+    else:
+        _, vectors = torch.linalg.eigh(x.transpose(1, 2) @ x)
+        projected = (x @ vectors[..., -1:]).squeeze(-1)
+    # The projection is centred, so this is the sign of the correlation.
+    agreement = (projected * toward.flatten(1)).sum(1, keepdim=True)
+    return torch.where(agreement < 0, -projected, projected).view(n, h, w)
+
+
+def cam_grids(
+    model: Classifier, images: Tensor, *, evidence: Evidence, target: Tensor | None = None, component: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Maps on the CAM layer's grid, from one forward pass and a backward pass down to that layer.
+
+    Args:
+        model: in eval mode.
+        images: [N, 3, S, S] in [0, 1].
+        evidence: (A, g) -> [N, C, h, w], in float32.
+        target: [N] int64; by default the class that the same forward pass predicts.
+        component: the evidence's first principal component instead of its sum, turned towards g * A, summed over the
+            channels: what each place adds to the explained logit, to first order.
+
+    Returns:
+        maps: [N, h, w] float32, at least 0, neither resized nor scaled.
+        logits: [N, classes], detached.
+    """
+    activations, logits = model.forward_cam(images)
+    target = logits.argmax(1) if target is None else target
+    (gradient,) = torch.autograd.grad(score(logits, target), activations)
+    # gradcam++ is no multiple of g, so half precision must not underflow: from here on in float32.
+    A, g = model.cam.spatial(activations.detach()).float(), model.cam.spatial(gradient).float()
+    with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+        found = evidence(A, g)
+        maps = first_component(found, toward=(g * A).sum(1)) if component else found.sum(1)
+        return maps.relu(), logits.detach()
+
+
+def scorecam(request: Request) -> Tensor:
+    """relu(sum of w_k A_k), w the softmax over the channels of the logits of images masked by A_k (Wang et al. 2020).
+
+    Each channel is resized to the image, scaled to [0, 1] (eq. 7 and 8) and multiplied with the pixels; the softmax
+    over the channels is as in the paper's algorithm, where the score of the baseline image cancels. Two deviations:
+    masked pixels become black, not the mean colour, since models take pixels in [0, 1]; and a channel without any
+    variation masks all. It costs a forward pass per channel and image, at most 64 masked images at once.
+    """
+    model, images, target = request.model, request.images, request.target
+    with torch.no_grad():
+        activations, _ = model.forward_cam(images)
+        A = model.cam.spatial(activations.detach()).float()
+        n, channels = A.shape[:2]
+        scores = [
+            _masked_scores(model, images, A[:, some], target)
+            for some in torch.arange(channels, device=A.device).split(max(SCORED_AT_ONCE // n, 1))
+        ]
+        weights = torch.cat(scores, 1).softmax(1)
+        return resize((weights[..., None, None] * A).sum(1).relu(), images.shape[-1])
+
+
+def _masked_scores(model: Classifier, images: Tensor, A: Tensor, target: Tensor) -> Tensor:
+    """Logit of the target for every image under every one of its channels, [N, C]."""
+    n, channels = A.shape[:2]
+    masks = F.interpolate(A, size=images.shape[-2:], mode="bilinear")
+    low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
+    masks = torch.where(high > low, (masks - low) / torch.where(high > low, high - low, 1), 0)
+    masked = (images[:, None] * masks[:, :, None]).flatten(0, 1)
+    logits = model(masked).float().view(n, channels, -1)
+    return logits.gather(2, target[:, None, None].expand(n, channels, 1)).squeeze(2)

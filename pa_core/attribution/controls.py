@@ -1,0 +1,70 @@
+"""Controls: what any claim about attention must be compared with. Request -> raw map [N, S, S].
+
+None looks at the network. Noise is seeded by seed and image id, so a map does not depend on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pa_core.attribution.base import Request, blur, generator
+from pa_core.params import ParameterError, derived_seed
+
+
+def random(request: Request) -> Tensor:
+    """Uniform noise per pixel, seeded per image id."""
+    return _noise(request, "random")
+
+
+def random_blur(request: Request) -> Tensor:
+    """A smooth random field: noise per pixel, blurred with sigma S / 8; seeded per image id."""
+    return blur(_noise(request, "random_blur"), sigma=request.images.shape[-1] / 8)
+
+
+def center(request: Request) -> Tensor:
+    """A Gaussian of sigma S / 4 in the middle of the image."""
+    size = request.images.shape[-1]
+    at = torch.arange(size, device=request.images.device) - (size - 1) / 2
+    bell = torch.exp(-(at**2) / (2 * (size / 4) ** 2))
+    return (bell[:, None] * bell).expand(len(request.images), -1, -1)
+
+
+def edges(request: Request) -> Tensor:
+    """Magnitude of the luminance's Sobel gradient, blurred with sigma S / 32."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=request.images.device)  # ITU-R BT.601
+    luminance = torch.einsum("nchw,c->nhw", request.images.float(), weights).unsqueeze(1)
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=request.images.device)
+    padded = F.pad(luminance, (1, 1, 1, 1), mode="replicate")  # the image's border is no edge
+    gradient = F.conv2d(padded, torch.stack([sobel, sobel.T]).unsqueeze(1))
+    return blur(gradient.norm(dim=1), sigma=request.images.shape[-1] / 32)
+
+
+def uniform(request: Request) -> Tensor:
+    """The same everywhere: a blank map, 0 after scaling. A quantile masks places at random, an absolute threshold none."""
+    return torch.zeros_like(request.images[:, 0], dtype=torch.float32)
+
+
+def derangement(ids: Sequence[str], seed: int) -> Tensor:
+    """Who gets whose map under ``shuffled``: [N] int64 on the CPU, image i gets the map of image ``derangement[i]``.
+
+    One cycle through all images, in an order seeded by the ids: nobody gets their own.
+
+    Raises:
+        ParameterError: fewer than two images.
+    """
+    if len(ids) < 2:
+        raise ParameterError("xai", "shuffled", f"it needs at least two images, here is {len(ids)}; raise fraction")
+    order = sorted(range(len(ids)), key=lambda i: derived_seed(seed, "shuffled", ids[i]))
+    donor = torch.empty(len(order), dtype=torch.long)
+    donor[torch.tensor(order)] = torch.tensor(order[1:] + order[:1])
+    return donor
+
+
+def _noise(request: Request, label: str) -> Tensor:
+    size = request.images.shape[-1]
+    maps = [torch.rand(size, size, generator=generator(request.seed, label, name)) for name in request.ids]
+    return torch.stack(maps).to(request.images.device)
