@@ -21,7 +21,7 @@ from pa_core import attribution, masking, selection
 from pa_core.data import Part, send
 from pa_core.models import Classifier
 from pa_core.params import Experiment, derived_seed
-from pa_core.train import autocast, evaluate, evaluation_batch, feed, pixels
+from pa_core.train import autocast, evaluate, evaluation_batch, feed, memory_format, pixels
 
 EXAMPLES = 16
 """Heatmaps kept per step, of the first choices, to be looked at; all are not, they would take more room than the proxies."""
@@ -215,6 +215,7 @@ def _heatmaps(
     if choice.maps is not None:
         return attribution.from_grids(choice.maps, image_size=images.shape[-1], smooth=e.smooth)
     target = choice.targets.to(device)
+    images = images.contiguous(memory_format=memory_format(device))  # as in training
     with autocast(device, dtype):
         return attribution.heatmaps(model, images, method=e.xai, target=target, smooth=e.smooth, ids=ids, seed=e.seed)
 
