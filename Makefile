@@ -101,11 +101,7 @@ test: setup
 lab: setup
 	@$(RUN) -m jupyterlab --FileContentsManager.preferred_dir=notebooks $(ARGS)
 
-bench:
-	@if [ ! -d tests/bench ]; then \
-	    echo "make bench: there are no benchmarks yet (tests/bench/ does not exist)." >&2; exit 1; \
-	fi
-	@$(MAKE) --no-print-directory setup
+bench: setup
 	@$(RUN) -m tests.bench $(BENCH)
 
 clean:
