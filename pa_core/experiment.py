@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pa_core import attribution, data, metrics, models, runs, schedule, selection, train
-from pa_core.masking import to_float
 from pa_core.params import Experiment, ParameterError, derived_seed, runs_home, shown
 from pa_core.proxy import Choice, Overlay, Proxies, Record, choose, examples, make_proxies, proxy_step
 from pa_core.runs import Run, RunError
@@ -131,15 +130,21 @@ def run(experiment: Experiment, *, rerun: bool = False, until_step: int | None =
         RunError: the run's directory holds something that does not belong to it.
     """
     prepared = prepare(experiment)
+    placement = _placement(prepared)
     path = runs.directory(runs_home(experiment.runs_dir), prepared.experiment, prepared.digest, rerun=rerun)
     _make_folder(path, experiment.runs_dir)
-    with runs.lock(path, log), torch.random.fork_rng(), _threads(Run(path).manifest.get("threads")):
+    with (
+        runs.lock(path, log),
+        torch.random.fork_rng(),
+        _threads(Run(path).manifest.get("threads")),
+        train.tf32(experiment.tf32),
+    ):
         if Run(path).finished:
             (path / "checkpoint.pt").unlink(missing_ok=True)  # of a process killed between the two
             stale = "; it was made by other code than this, rerun=True makes it anew" if Run(path).stale else ""
             log(f"finished before: {shown(path)}{stale}")
             return Run(path)
-        walk = _begin(prepared, path, log)
+        walk = _begin(prepared, placement, path, log)
         try:
             if _walk(walk, until_step):
                 _finish(walk)
@@ -199,8 +204,10 @@ class _Walk:
         return Overlay(self.prepared.dataset.train, mode=self.experiment.overlay, steps=folders)
 
 
-def _begin(prepared: Prepared, path: Path, log: Log) -> _Walk:
+def _begin(prepared: Prepared, placement: data.Placement, path: Path, log: Log) -> _Walk:
     """A fresh run, or one that stands where its checkpoint left it."""
+    if placement.store == "device":
+        prepared = replace(prepared, dataset=_on_device(prepared))
     e, dataset, manifest = prepared.experiment, prepared.dataset, Run(path).manifest
     checkpoint = runs.load_checkpoint(path)
     if manifest:
@@ -219,9 +226,29 @@ def _begin(prepared: Prepared, path: Path, log: Log) -> _Walk:
     if not manifest or checkpoint is None:
         manifest = _new_manifest(prepared, batch_size)
     compiled = _compile(state, prepared, batch_size, log) if e.compile else None
-    runs.write_json(path / "manifest.json", manifest | {"status": runs.RUNNING, "error": None, "compile": compiled})
+    runs.write_json(path / "manifest.json", manifest | {"status": runs.RUNNING, "error": None, "compile": compiled, "store": asdict(placement)})
     board = SummaryWriter(str(path / "tensorboard"), purge_step=state.epoch + 1)
     return _Walk(prepared=prepared, path=path, state=state, batch_size=batch_size, records=records, board=board, log=log)
+
+
+def _placement(prepared: Prepared) -> data.Placement:
+    """Where training and validation images and the proxies will lie. The test images, read once, stay in their file."""
+    train_part, val = prepared.dataset.train, prepared.dataset.val
+    images = len(train_part) + len(val) + _room(prepared)
+    return data.place(prepared.experiment.store, needed=images * math.prod(train_part.shape), device=prepared.device)
+
+
+def _room(prepared: Prepared) -> int:
+    """The most proxies that an overlay of this run holds."""
+    e, n = prepared.experiment, len(prepared.dataset.train)
+    steps = schedule.steps(e.schedule)
+    kept = min(steps, 1) if e.keep_proxies == "last" else steps
+    return kept * (n if e.select == "all" else selection.count(n, e.fraction))
+
+
+def _on_device(prepared: Prepared) -> data.Dataset:
+    dataset, device = prepared.dataset, prepared.device
+    return replace(dataset, train=dataset.train.on(device, room=_room(prepared)), val=dataset.val.on(device))
 
 
 def _resumption(state: train.State, manifest: dict[str, Any], log: Log) -> dict[str, Any]:
@@ -261,7 +288,7 @@ def _batch_size(prepared: Prepared, log: Log) -> int:
 
 def _compile(state: train.State, prepared: Prepared, batch_size: int, log: Log) -> str:
     some = torch.arange(min(batch_size, len(prepared.dataset.train)))
-    return train.try_compile(state, to_float(prepared.dataset.train.read(some).to(state.device)), log)
+    return train.try_compile(state, train.pixels(data.send(prepared.dataset.train.read(some), state.device)), log)
 
 
 def _new_manifest(prepared: Prepared, batch_size: int) -> dict[str, Any]:
