@@ -13,11 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pa_core.attribution.base import Request, resize, score
+from pa_core.attribution.base import AT_ONCE, Request, resize, score
 from pa_core.models import Classifier
-
-SCORED_AT_ONCE = 64
-"""Masked images that scorecam has in memory at once; more only where the batch itself is larger."""
 
 Evidence = Callable[[Tensor, Tensor], Tensor]
 
@@ -124,7 +121,7 @@ def scorecam(request: Request) -> Tensor:
         n, channels = A.shape[:2]
         scores = [
             _masked_scores(model, images, A[:, some], target)
-            for some in torch.arange(channels, device=A.device).split(max(SCORED_AT_ONCE // n, 1))
+            for some in torch.arange(channels, device=A.device).split(max(AT_ONCE // n, 1))
         ]
         weights = torch.cat(scores, 1).softmax(1)
         return resize((weights[..., None, None] * A).sum(1).relu(), images.shape[-1])
