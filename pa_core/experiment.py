@@ -70,10 +70,8 @@ def prepare(experiment: Experiment) -> Prepared:
     device = train.resolve_device(experiment.device)
     dtype = train.resolve_precision(experiment.precision, device)
     models.check_name(experiment.model)
-    xai = attribution.resolve(experiment.xai)  # an alias is the same run
-    data_dir = experiment.data_dir and str(Path(experiment.data_dir).expanduser().absolute())
-    experiment = replace(experiment, xai=xai, data_dir=data_dir)  # so that the run can be opened from anywhere
-    attribution.check(xai, smooth=experiment.smooth)
+    experiment = _resolved(experiment)
+    attribution.check(experiment.xai, smooth=experiment.smooth)
     weights = _file_digest(experiment.pretrained)
     dataset = load_data(experiment)
     model = models.create(
@@ -88,6 +86,26 @@ def prepare(experiment: Experiment) -> Prepared:
         _check_steps(experiment, len(dataset.train))
     digest = experiment.digest(data=dataset.digest, image_size=dataset.image_size, weights=weights)
     return Prepared(experiment=experiment, dataset=dataset, model=model, device=device, dtype=dtype, digest=digest)
+
+
+def _resolved(experiment: Experiment) -> Experiment:
+    """With the one name of an alias, which is the same run, and a data_dir that can be opened from anywhere."""
+    data_dir = experiment.data_dir and str(Path(experiment.data_dir).expanduser().absolute())
+    return replace(experiment, xai=attribution.resolve(experiment.xai), data_dir=data_dir)
+
+
+def locate(experiment: Experiment, *, data_digest: str, image_size: int) -> Path:
+    """Where the run with these parameters lies, or would lie. Loads neither data nor model.
+
+    Args:
+        data_digest, image_size: of the dataset, as :func:`load_data` gives them.
+
+    Raises:
+        ParameterError: an unknown method, or a weights file that is not there.
+    """
+    experiment = _resolved(experiment)
+    digest = experiment.digest(data=data_digest, image_size=image_size, weights=_file_digest(experiment.pretrained))
+    return runs.directory(runs_home(experiment.runs_dir), experiment, digest)
 
 
 def _check_steps(experiment: Experiment, n: int) -> None:
