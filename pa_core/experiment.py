@@ -151,7 +151,7 @@ def run(experiment: Experiment, *, rerun: bool = False, until_step: int | None =
     _make_folder(path, experiment.runs_dir)
     with runs.lock(path, log), torch.random.fork_rng(), _threads(Run(path).manifest.get("threads")):
         if Run(path).finished:
-            (path / "checkpoint.pt").unlink(missing_ok=True)  # of a process killed between the two
+            runs.remove_checkpoints(path)  # of a process killed between the two
             stale = "; it was made by other code than this, rerun=True makes it anew" if Run(path).stale else ""
             log(f"finished before: {shown(path)}{stale}")
             return Run(path)
@@ -163,7 +163,10 @@ def run(experiment: Experiment, *, rerun: bool = False, until_step: int | None =
                 runs.update_manifest(path, status=runs.PAUSED)
         except BaseException as error:  # noted in the manifest, then raised on
             kind = runs.INTERRUPTED if isinstance(error, KeyboardInterrupt) else runs.FAILED
-            runs.update_manifest(path, status=kind, error=f"{type(error).__name__}: {error}")
+            try:
+                runs.update_manifest(path, status=kind, error=f"{type(error).__name__}: {error}")
+            except RunError as unnoted:  # on a full disk; the first error is the one to show
+                error.add_note(str(unnoted))
             raise
         finally:
             walk.board.close()
@@ -197,6 +200,7 @@ class _Walk:
     state: train.State
     batch_size: int
     records: list[Record]
+    rows: list[dict[str, Any]]
     board: SummaryWriter
     log: Log
 
@@ -218,7 +222,7 @@ class _Walk:
 def _begin(prepared: Prepared, path: Path, log: Log) -> _Walk:
     """A fresh run, or one that stands where its checkpoint left it."""
     e, dataset, manifest = prepared.experiment, prepared.dataset, Run(path).manifest
-    checkpoint = runs.load_checkpoint(path)
+    checkpoint = runs.load_checkpoint(path, log)
     if manifest:
         _check_resume(prepared, manifest, path)
     torch.manual_seed(derived_seed(e.seed, "training"))
@@ -226,18 +230,21 @@ def _begin(prepared: Prepared, path: Path, log: Log) -> _Walk:
     total_steps = schedule.epochs(e.schedule) * train.steps_per_epoch(len(dataset.train), batch_size)
     state = train.create_state(prepared.model, e, total_steps=total_steps, device=prepared.device, dtype=prepared.dtype)
     records: list[Record] = []
+    rows: list[dict[str, Any]] = []
     if checkpoint is not None:
         state.load_state_dict(checkpoint["state"])
-        records = [Record(**record) for record in checkpoint["records"]]
+        records, rows = [Record(**record) for record in checkpoint["records"]], checkpoint["metrics"]
         manifest = manifest | {"resumed": [*manifest.get("resumed", []), _resumption(state, manifest, log)]}
         log(f"continuing {path.name} after epoch {state.epoch}")
-    runs.cut_metrics(path, state.epoch)
+    runs.restore_metrics(path, rows, log)
     if not manifest or checkpoint is None:
         manifest = _new_manifest(prepared, batch_size)
     compiled = _compile(state, prepared, batch_size, log) if e.compile else None
     runs.write_json(path / "manifest.json", manifest | {"status": runs.RUNNING, "error": None, "compile": compiled})
     board = SummaryWriter(str(path / "tensorboard"), purge_step=state.epoch + 1)
-    return _Walk(prepared=prepared, path=path, state=state, batch_size=batch_size, records=records, board=board, log=log)
+    return _Walk(
+        prepared=prepared, path=path, state=state, batch_size=batch_size, records=records, rows=rows, board=board, log=log
+    )
 
 
 def _resumption(state: train.State, manifest: dict[str, Any], log: Log) -> dict[str, Any]:
@@ -324,6 +331,7 @@ def _walk(walk: _Walk, until_step: int | None) -> bool:
         if until_step is not None and len(walk.records) >= until_step:
             return False
         row = _epoch(walk, source, stage)
+        walk.rows.append(row)
         runs.append_metrics(walk.path, row)
         for name, value in row.items():
             if name not in ("epoch", "stage"):
@@ -364,7 +372,8 @@ def _epoch(walk: _Walk, source: train.Source, stage: int) -> dict[str, Any]:
 
 def _checkpoint(walk: _Walk, stage: int) -> dict[str, Any]:
     """The overlay is kept as the records of its steps: their proxies are files of the run already."""
-    return {"state": walk.state.state_dict(), "stage": stage, "records": [record.to_dict() for record in walk.records]}
+    records = [record.to_dict() for record in walk.records]
+    return {"state": walk.state.state_dict(), "stage": stage, "records": records, "metrics": walk.rows}
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:
@@ -428,7 +437,7 @@ def _finish(walk: _Walk) -> None:
     started = pd.Timestamp(Run(path).manifest["started"])
     wall_time = (pd.Timestamp(runs.now()) - started).total_seconds()
     runs.update_manifest(path, status=runs.FINISHED, finished=runs.now(), wall_time=wall_time)
-    (path / "checkpoint.pt").unlink(missing_ok=True)
+    runs.remove_checkpoints(path)
     walk.log(f"test accuracy {summary['test_accuracy']:.3f} on {summary['n_test']} images, seed {e.seed}; the run is in {shown(path)}")
 
 
@@ -447,7 +456,7 @@ def predictions(logits: Tensor, part: data.Part, classes: tuple[str, ...]) -> pd
 
 
 def _summary(walk: _Walk, tested: train.Evaluation) -> dict[str, Any]:
-    rows, records, dataset = runs.read_metrics(walk.path), walk.records, walk.prepared.dataset
+    rows, records, dataset = walk.rows, walk.records, walk.prepared.dataset
     made = sum(record.images for record in records)
     return {
         "val_accuracy": rows[-1]["val_accuracy"],

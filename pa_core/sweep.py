@@ -464,16 +464,20 @@ class Stopped(RuntimeError):
 
 
 class Children:
-    """The processes that a worker has started. Dask takes it for a plugin; when the worker or the sweep ends, so do they."""
+    """The processes that a worker has started. Dask takes it for a plugin; when the worker or the sweep ends, so do they.
 
-    def __init__(self) -> None:
-        self.running: set[subprocess.Popen] = set()
+    Attributes:
+        own: whether the worker is the sweep's own, on this machine, and thus gets the terminal's Ctrl-C, too.
+    """
+
+    def __init__(self, *, own: bool) -> None:
+        self.own = own
 
     def setup(self, worker: Any) -> None:
-        self.running, self.stopped, self.lock = set(), False, threading.Lock()
-
-    def __getstate__(self) -> dict:  # as a fresh one: locks and processes do not travel
-        return {}
+        self.running: set[subprocess.Popen] = set()
+        self.stopped, self.lock = False, threading.Lock()
+        if self.own:  # it ends when the sweep does; a handler that does nothing, because SIG_IGN would be inherited
+            signal.signal(signal.SIGINT, lambda *_: None)
 
     def teardown(self, worker: Any) -> None:
         """Interrupt the processes and what they started; kill what has not ended after some seconds."""
@@ -539,7 +543,7 @@ def work(task: Task) -> tuple[str, str, float]:
     children = worker.plugins[task.plugin]
     with open(task.log, "ab") as log:
         command = [sys.executable, *task.arguments]
-        with children.process(command, cwd=task.folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log) as process:
+        with children.process(command, cwd=task.folder, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log) as process:
             code = process.wait()
     if code and children.stopped:
         raise Stopped
@@ -624,6 +628,7 @@ class _Workers:
     client: Any
     count: int
     threads: int
+    own: bool = False
     gpus: tuple[str, ...] = ()
     resources: Mapping[str, int] = field(default_factory=dict)
 
@@ -650,7 +655,7 @@ def _workers(here: Machine | None, jobs: int, *, threads: int | None, scheduler:
             count = min(here.workers, jobs)
             started = stack.enter_context(_local(here, count))
             client = stack.enter_context(Client(started, set_as_default=False))
-            yield _Workers(client=client, count=count, threads=here.threads, gpus=here.gpus)
+            yield _Workers(client=client, count=count, threads=here.threads, own=True, gpus=here.gpus)
 
 
 # The sweep
@@ -722,12 +727,22 @@ def _folder(sweep: Sweep) -> Iterator[Path]:
     yield Path(tempfile.mkdtemp(prefix=f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-", dir=above))
 
 
+# papermill in a process that ends when its standard input does, which is when the worker dies in whatever way; the kernel ends
+# with it. A run thus never goes on unseen, or beside its second attempt.
+_PAPERMILL = """
+import os, runpy, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+sys.argv[0] = "papermill"
+runpy.run_module("papermill", run_name="__main__", alter_sys=True)
+"""
+
+
 def _task(sweep: Sweep, job: Job, folder: Path, pool: _Workers) -> Task:
     """The papermill process of a job; its notebook, log and figures stay in ``folder`` until the run is finished."""
     extra = {"figures_dir": str(folder / f"{job.key}.figures")} if re.search(r"(?m)^figures_dir\s*=", _parameter_cell(sweep.notebook)) else {}
     parameters, output = folder / f"{job.key}.yaml", folder / f"{job.key}.ipynb"
     parameters.write_text(yaml.safe_dump(job.parameters | extra, sort_keys=False))
-    words = ["-m", "papermill", str(sweep.notebook), str(output), "-f", str(parameters), "--no-progress-bar"]
+    words = ["-c", _PAPERMILL, str(sweep.notebook), str(output), "-f", str(parameters), "--no-progress-bar"]
     words += ["--log-level", "WARNING", "--stdout-file", "-", "--stderr-file", "-"]
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
     number = str(pool.threads)
@@ -753,7 +768,7 @@ def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _
         f"{pool.count} at a time with {_many(pool.threads, 'thread')} each" + (f", a GPU each of {', '.join(pool.gpus)}" if pool.gpus else "") + "; "
         + ("how long is not known, no run of such a dataset and model has finished" if expected is None else f"about {_duration(expected)}")
     )
-    pool.client.register_plugin(_children(), name=folder.name)
+    pool.client.register_plugin(_children(own=pool.own), name=folder.name)
     tasks = {job.key: _task(sweep, job, folder, pool) for job in todo}
     options = {"retries": ATTEMPTS - 1, "pure": False, "resources": dict(pool.resources) or None}
     futures = {pool.client.submit(work, tasks[job.key], key=f"{folder.name}-{job.key}", **options): job for job in todo}
@@ -771,14 +786,21 @@ def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _
         pool.client.cancel(list(futures))  # so that what is stopped is not given out again
         raise
     finally:
-        pool.client.unregister_worker_plugin(folder.name)  # ends the processes that are left
+        _stop(pool.client, folder.name)  # ends the processes that are left
 
 
-def _children() -> Any:
+def _children(*, own: bool) -> Any:
     """The plugin. Dask wants its own class; made here, so that the module loads without Dask."""
     from distributed import WorkerPlugin
 
-    return type("Children", (Children, WorkerPlugin), {})()
+    return type("Children", (Children, WorkerPlugin), {})(own=own)
+
+
+def _stop(client: Any, plugin: str) -> None:
+    try:
+        client.unregister_worker_plugin(plugin)
+    except KeyError:  # a worker that has just come and has no process yet
+        pass
 
 
 def _outcome(future: Any, job: Job, task: Task, places: _Places) -> State:
