@@ -71,7 +71,8 @@ def prepare(experiment: Experiment) -> Prepared:
     dtype = train.resolve_precision(experiment.precision, device)
     models.check_name(experiment.model)
     experiment = _resolved(experiment)
-    attribution.check(experiment.xai, smooth=experiment.smooth)
+    xai = experiment.xai
+    attribution.check(xai, smooth=experiment.smooth)
     weights = _file_digest(experiment.pretrained)
     dataset = load_data(experiment)
     model = models.create(

@@ -48,6 +48,8 @@ ATTEMPTS = 3
 """How often a run is given out whose process dies without a word: killed, out of memory, a port taken just then."""
 WORKER_DEATHS = 10
 """How many workers may die under a run before it counts as their murderer."""
+CONNECT_SECONDS = 10
+"""How long a Dask scheduler has to answer."""
 GRACE = 5
 """Seconds that a process has to end by itself when a sweep is stopped."""
 TO_DO, FINISHED, FAILED = "to do", "finished", "failed"
@@ -582,12 +584,12 @@ def _dask() -> None:
 
 @contextmanager
 def _local(here: Machine, workers: int) -> Iterator[Any]:
-    """A cluster of this machine, a process per worker. No dashboard, any free port: sweeps do not get in each other's way."""
+    """A cluster of this machine, a process per worker. Free ports everywhere: sweeps do not get in each other's way."""
     import dask
     from distributed import LocalCluster
 
     with dask.config.set({"distributed.scheduler.allowed-failures": WORKER_DEATHS}):
-        options = {"dashboard_address": None, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+        options = {"dashboard_address": ":0", "memory_limit": 0, "silence_logs": logging.CRITICAL}
         with LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **options) as cluster:
             yield cluster
 
@@ -640,7 +642,7 @@ def _workers(here: Machine | None, jobs: int, *, threads: int | None, scheduler:
     with ExitStack() as stack:
         if scheduler:
             try:
-                client = stack.enter_context(Client(scheduler, timeout=10, set_as_default=False))
+                client = stack.enter_context(Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False))
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise ParameterError("scheduler", scheduler, f"no Dask scheduler answers there ({reason}); allowed is its address") from error
