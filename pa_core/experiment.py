@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pa_core import attribution, data, metrics, models, runs, schedule, selection, train
+from pa_core.data import decode
 from pa_core.masking import to_float
 from pa_core.params import Experiment, ParameterError, derived_seed, runs_home, shown
 from pa_core.proxy import Overlay, Proxies, Record, choose, examples, make_proxies, proxy_step
@@ -544,3 +546,71 @@ def side_by_side(named: dict[str, Run]) -> pd.DataFrame:
     """A column per run: accuracies, and what the proxies cost."""
     rows = ["val_accuracy", "test_accuracy", "test_loss", "n_test", "epochs", "proxy_images", "masked_share", "proxy_seconds", "train_seconds"]
     return pd.DataFrame({name: pd.Series(run.summary)[rows] for name, run in named.items()}).round(4)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """What several runs see in the same n images. S may differ between runs.
+
+    Attributes:
+        names: of the images.
+        images: run -> uint8 [n, 3, S, S], as the run's network sees them.
+        maps: run -> heatmaps of the predicted class, float32 [n, S, S] in [0, 1].
+        table: a row per image and run: image, run, predicted, confidence (in [0, 1]).
+    """
+
+    names: tuple[str, ...]
+    images: Mapping[str, Tensor]
+    maps: Mapping[str, Tensor]
+    table: pd.DataFrame
+
+
+def compare(
+    named: Mapping[str, Run], images: str | os.PathLike | data.Part, *, xai: str | None = None, count: int = SHOWN, device: str = "auto"
+) -> Comparison:
+    """Predictions and heatmaps of finished runs on your own images, or on the first ones of a part of a dataset.
+
+    Args:
+        named: what each run is called -> run.
+        images: a folder (its subfolders included; what is no image is left out), an image file, or a part whose
+            images have the runs' size.
+        xai: the explanation method; by default each run's own.
+        count: how many images at most.
+
+    Raises:
+        ParameterError: there is no image, or one of another size.
+        RunError: a run is not finished.
+    """
+    where, rows, seen, maps = train.resolve_device(device), [], {}, {}
+    for name, run in named.items():
+        size, classes, e = run.manifest["image_size"], run.manifest["classes"], run.experiment
+        names, seen[name] = _own_images(images, size, count)
+        model, pixels = run.model(where), to_float(seen[name].to(where))
+        with torch.inference_mode():
+            confidence, predicted = model(pixels).float().softmax(1).max(1)
+        explained = attribution.heatmaps(model, pixels, method=xai or e.xai, target=predicted.clone(), smooth=e.smooth, ids=names, seed=e.seed)
+        maps[name] = explained.cpu()
+        guesses = zip(names, predicted.tolist(), confidence.tolist(), strict=True)
+        rows += [{"image": n, "run": name, "predicted": classes[k], "confidence": round(c, 6)} for n, k, c in guesses]
+    table = pd.DataFrame(rows, columns=["image", "run", "predicted", "confidence"])
+    return Comparison(names=tuple(names), images=seen, maps=maps, table=table)
+
+
+def _own_images(images: str | os.PathLike | data.Part, size: int, count: int) -> tuple[list[str], Tensor]:
+    """Names, and uint8 [n, 3, size, size]."""
+    if isinstance(images, data.Part):
+        read = images.read(torch.arange(min(count, len(images))))
+        if read.shape[-1] != size:
+            raise ParameterError("images", images, f"its images have {read.shape[-1]} pixels per side; allowed is {size}, as the run has")
+        return list(images.ids[:count]), read
+    path, names, found = Path(images).expanduser(), [], []
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if len(found) < count and file.is_file():
+            try:
+                found.append(torch.from_numpy(decode.pixels(str(file), size).copy()))
+            except decode.UNREADABLE:
+                continue  # the folder may hold other things, too
+            names.append(file.name if path.is_file() else file.relative_to(path).as_posix())
+    if not found:
+        raise ParameterError("images", str(images), "there is none that can be read; allowed is a folder with images, or an image")
+    return names, torch.stack(found)
