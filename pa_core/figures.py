@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pa_core import masking, runs
 from pa_core.data import Dataset, Part, augment
+from pa_core.experiment import Comparison
 from pa_core.params import ParameterError, derived_seed, home
 from pa_core.proxy import Proxies
 from pa_core.runs import Run
@@ -348,6 +349,25 @@ def threshold_by_weight(
             rows.append({"threshold": t, "weight": w, "fill": fill, "masked_share": share, "mean_change": float((changed - image).abs().mean())})
         axes[i, 0].set_ylabel(f"threshold {t:g}")
     return figure, pd.DataFrame(rows)
+
+
+@styled
+def compared(shown: Comparison) -> tuple[Figure, pd.DataFrame]:
+    """A column per image: the image, and below it each run's heatmap over it, with what it predicts and how surely."""
+    n, runs_shown = len(shown.names), list(shown.maps)
+    figure, axes = _new(len(runs_shown) + 1, n, width=1.3 * n + 1, height=1.6 * (len(runs_shown) + 1))
+    for k, name in enumerate(shown.names):
+        _picture(axes[0, k], shown.images[runs_shown[0]][k], _short(name))
+    for row, run in enumerate(runs_shown, 1):
+        guesses = shown.table[shown.table["run"] == run]
+        for k, (guess, sure) in enumerate(zip(guesses["predicted"], guesses["confidence"], strict=True)):
+            ax = axes[row, k]
+            ax.imshow(shown.images[run][k].float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            ax.imshow(shown.maps[run][k].numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
+            ax.set_title(f"{_short(guess)}\n{sure:.0%}", fontsize=8)
+            _bare(ax)
+        axes[row, 0].set_ylabel(_short(run))
+    return figure, shown.table
 
 
 # 04: results
