@@ -765,6 +765,8 @@ def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _
     """Give the jobs out and note in ``states`` how each ends."""
     from distributed import as_completed
 
+    import pa_core.experiment  # noqa: F401, loads torch now: look-ups between runs are quick then, and so is Ctrl-C
+
     expected = estimate(sweep, todo, workers=pool.count)
     log(
         f"{pool.count} at a time with {_many(pool.threads, 'thread')} each" + (f", a GPU each of {', '.join(pool.gpus)}" if pool.gpus else "") + "; "
