@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import itertools
 import json
 import logging
@@ -889,6 +890,4 @@ def _positive(text: str) -> int:
 
 if __name__ == "__main__":
     # Through the module's own name: what travels to workers must not belong to __main__, which they do not have.
-    from pa_core.sweep import main as _main
-
-    sys.exit(_main())
+    sys.exit(importlib.import_module("pa_core.sweep").main())
