@@ -320,10 +320,11 @@ def open_run(name: str, runs_dir: str = "runs") -> Run:
     return Run.load(runs_home(runs_dir) / Path(name))
 
 
-def command(notebook: str, runs_dir: str = "runs", run_name: str | None = None) -> str:
+def command(notebook: str, runs_dir: str = "runs", run_name: str | None = None, images: str | None = None) -> str:
     """The papermill command that draws the analysis again."""
     options = [f"-p runs_dir {shlex.quote(runs_dir)}"] if runs_dir != "runs" else []
     options += [f"-p run_name {shlex.quote(run_name)}"] if run_name else []
+    options += [f"-p images {shlex.quote(str(images))}"] if images else []
     return " ".join([f"papermill notebooks/{notebook}.ipynb {notebook}.out.ipynb", *options])
 
 

@@ -413,6 +413,7 @@ def test_interrupted_it_stops_within_seconds_and_says_so(lab, how):
     lab.behave(2, "wait"), lab.behave(3, "wait")
     process = lab.start(4)
     lab.wait_for(4)
+    until(lambda: len(list(lab.runs.glob("*/notebook.ipynb"))) == 2)  # the sweep has noted the two
     family = descendants(process.pid)
     if how == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all that are in the foreground
@@ -480,9 +481,14 @@ def test_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkey
     made: list[pd.DataFrame] = []
     thread = threading.Thread(target=lambda: made.append(make("disturbed")))
     thread.start()
-    metrics = lambda: list((tmp_path / "disturbed").glob("*/metrics.jsonl"))  # noqa: E731
-    for epoch, victim in ((1, "kernel"), (3, "worker")):
-        until(lambda epoch=epoch: metrics() and metrics()[0].read_bytes().count(b"\n") >= epoch, 120)
+
+    def epochs() -> int:
+        """As the last checkpoint has it, or more."""
+        saved = list((tmp_path / "disturbed").glob("*/checkpoint.pt"))
+        return (saved[0].parent / "metrics.jsonl").read_bytes().count(b"\n") if saved else 0
+
+    for epoch, victim in ((1, "kernel"), (4, "worker")):
+        until(lambda epoch=epoch: epochs() >= epoch, 120)
         kernel = next(p for p in descendants(os.getpid()) if "ipykernel_launcher" in p.cmdline())
         (kernel if victim == "kernel" else kernel.parent().parent()).kill()
         until(lambda kernel=kernel: not alive([kernel]))
@@ -491,7 +497,7 @@ def test_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkey
     quiet = make("quiet")
     path = tmp_path / "quiet" / quiet["run"][0]
     # the notebook itself pauses at its proxy step and goes on
-    assert len(disturbed.manifest["resumed"]) == 3 and len(Run(path).manifest["resumed"]) == 1
+    assert len(disturbed.manifest["resumed"]) >= 3 and len(Run(path).manifest["resumed"]) == 1
     assert disturbed.manifest["threads"] == Run(path).manifest["threads"] == 1
     assert disturbed.path.name == path.name
     assert timeless(disturbed.summary) == timeless(Run(path).summary)
