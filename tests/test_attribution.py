@@ -471,20 +471,6 @@ def heatmaps_of_gradcam(model, images, target):
     return F.interpolate(maps[:, None], size=images.shape[-2:], mode="bilinear")[:, 0]
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "resnet10t", "regnetx_002"])  # a max pool that overlaps, after a ReLU; none
-def test_deeplift_adds_up_to_the_logit(name):
-    model = create(name, classes=3, image_size=32, seed=1).double().eval()
-    for module in model.modules():  # a reference that is not the same everywhere
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.bias, generator=torch.Generator().manual_seed(2))
-    images, target = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 2])
-    request = attribution.Request(model=model, images=images, target=target, ids=["a", "b", "c"], seed=0)
-    parts = deeplift_contributions(request).sum((1, 2, 3))
-    with torch.no_grad():
-        whole = (model(images) - model(torch.zeros_like(images))).gather(1, target[:, None])[:, 0]
-    torch.testing.assert_close(parts, whole, atol=1e-9, rtol=1e-6)
-
-
 def small(*layers):
     """A network of our own around some layers."""
 
@@ -506,6 +492,25 @@ def small(*layers):
 
     cam = Cam(layer="forward_features", layout="NCHW", grid=(8, 8))
     return Classifier(Net(), name="small", classes=2, image_size=8, cam=cam, changes=()).eval()
+
+
+POOLED = [nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "regnetx_002", "pooled"])  # an overlapping max pool, none, one side by side
+def test_deeplift_adds_up_to_the_logit(name):
+    model = small(*POOLED) if name == "pooled" else create(name, classes=2, image_size=32, seed=1)
+    model = model.double().eval()
+    for module in model.modules():  # a reference that is not the same everywhere
+        if isinstance(module, (nn.BatchNorm2d, nn.Conv2d)) and module.bias is not None:
+            nn.init.normal_(module.bias, generator=torch.Generator().manual_seed(2))
+    size, target = model.image_size, torch.tensor([0, 1, 1])
+    images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0)).double()
+    request = attribution.Request(model=model, images=images, target=target, ids=["a", "b", "c"], seed=0)
+    parts = deeplift_contributions(request).sum((1, 2, 3))
+    with torch.no_grad():
+        whole = (model(images) - model(torch.zeros_like(images))).gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(parts, whole, atol=1e-9, rtol=1e-6)
 
 
 class Calls(nn.Module):
