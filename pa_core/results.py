@@ -93,7 +93,7 @@ def _rows(home: Path) -> list[list[Any]]:
     index, now = _read_index(home), time.time()
     entries, changed = {}, False
     for name in sorted(_directories(home)):
-        stamp = _stamp(home / name)
+        stamp = _stamp(f"{home}/{name}")
         if stamp is None:
             continue
         entry = index.get(name)
@@ -115,7 +115,7 @@ def _directories(home: Path) -> list[str]:
         return [entry.name for entry in found if not entry.name.startswith(".") and entry.is_dir()]
 
 
-def _stamp(path: Path) -> list[int] | None:
+def _stamp(path: str) -> list[int] | None:
     """What changes when manifest or summary are replaced; None for a folder without a manifest."""
     stamp = []
     for name in ("manifest.json", "summary.json"):

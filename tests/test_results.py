@@ -105,6 +105,17 @@ def test_a_file_changed_within_the_clocks_grain_is_seen(tmp_path):
     assert results.load(str(tmp_path))["test_loss"][0] == 0.7
 
 
+@pytest.mark.parametrize("name", ["summary.json", "manifest.json"])
+def test_a_change_of_either_file_is_seen(tmp_path, name, counted):
+    path = made(tmp_path, 0) / name
+    age(tmp_path)
+    results.load(str(tmp_path))
+    path.write_text(path.read_text().replace("0.5", "0.7").replace('"finished"', '"failed"'))
+    frame = results.load(str(tmp_path))
+    assert (frame["test_loss"][0], frame["status"][0]) == ((0.7, "finished") if name == "summary.json" else (0.5, "failed"))
+    assert len(counted) == 2
+
+
 @pytest.mark.parametrize("garbage", [b"", b"{", b"[]", b"\xff\xfe", b'{"columns": 3}', b'{"columns": [], "runs": {}}'])
 def test_a_damaged_index_is_made_anew(tmp_path, garbage, counted):
     made(tmp_path, 0)

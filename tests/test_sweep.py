@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -228,6 +229,7 @@ class Lab:
         self.stub.mkdir()
         self.environment = {"PA_RUNS": str(self.runs), "STUB": str(self.stub), "STUB_DATA": digest, "PYTHONPATH": str(home())}
         self.lines: list[str] = []
+        self.started: list[subprocess.Popen] = []
 
     def write(self, count: int) -> Path:
         self.file.write_text(yaml.safe_dump({"base": {"schedule": "1", "device": "cpu"}, "seeds": list(range(count))}))
@@ -247,7 +249,8 @@ class Lab:
         script.write_text(f"import sys, pa_core.sweep\nif __name__ == '__main__':\n    {main}\n")
         command = [sys.executable, str(script), str(self.write(count)), "--workers", "2"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=os.environ | self.environment, start_new_session=True, **pipes)
+        self.started.append(subprocess.Popen(command, env=os.environ | self.environment, start_new_session=True, **pipes))
+        return self.started[-1]
 
     def noted(self, name: str) -> list[list[str]]:
         file = self.stub / name
@@ -289,12 +292,15 @@ def digest():
 
 
 @pytest.fixture
-def lab(tmp_path, monkeypatch, digest) -> Lab:
+def lab(tmp_path, monkeypatch, digest) -> Iterator[Lab]:
     lab = Lab(tmp_path, digest)
     for name, value in lab.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sweep, "_PAPERMILL", STANDING_IN)
-    return lab
+    yield lab
+    for process in lab.started:  # of a test that failed
+        process.kill()
+        process.wait()
 
 
 def test_what_fails_is_reported_and_the_others_go_on(lab):
