@@ -544,7 +544,7 @@ GUIDED, TWICE = {"guided_backprop", "guided_gradcam"}, [shared, nn.Conv2d(4, 4, 
         ([nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)], {"deeplift"}, "ceil_mode"),
         (TWICE, {"deconvolution", "deeplift"}, "used more than once"),
     ],
-    ids=str,
+    ids=lambda value: ",".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_rules_that_would_silently_be_plain_gradients_are_refused(layers, refused, why):
     model = small(*layers)
