@@ -343,7 +343,7 @@ def test_status_1_and_the_error_on_the_last_lines(lab):
 def test_a_killed_worker_has_its_run_given_out_again(lab):
     lab.behave(0, "wait"), lab.behave(1, "wait")
     made: list[pd.DataFrame] = []
-    thread = threading.Thread(target=lambda: made.append(lab.sweep(3)))
+    thread = threading.Thread(target=lambda: made.append(lab.sweep(3)), daemon=True)
     thread.start()
     lab.wait_for(2)
     running = psutil.Process(int(lab.noted("started")[0][1]))
@@ -372,7 +372,7 @@ def test_each_run_has_a_gpu_of_its_own(lab, monkeypatch):
     lab.behave(0, "wait"), lab.behave(1, "wait")
     text = yaml.safe_load(lab.write(2).read_text())
     del text["base"]["device"]
-    thread = threading.Thread(target=lambda: sweep.run(text, log=lab.lines.append))
+    thread = threading.Thread(target=lambda: sweep.run(text, log=lab.lines.append), daemon=True)
     thread.start()
     lab.wait_for(2)
     (lab.stub / "go").touch()
@@ -385,7 +385,7 @@ def test_two_sweeps_that_share_runs_make_each_once(lab):
     for seed in range(4):
         lab.behave(seed, "wait")
     made: dict[str, pd.DataFrame] = {}
-    threads = [threading.Thread(target=lambda n=name: made.update({n: lab.sweep(5)})) for name in "ab"]
+    threads = [threading.Thread(target=lambda n=name: made.update({n: lab.sweep(5)}), daemon=True) for name in "ab"]
     for thread in threads:
         thread.start()
     lab.wait_for(4)  # two of each; each run has two processes, of which one waits for the other
@@ -485,7 +485,7 @@ def test_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkey
         return frame
 
     made: list[pd.DataFrame] = []
-    thread = threading.Thread(target=lambda: made.append(make("disturbed")))
+    thread = threading.Thread(target=lambda: made.append(make("disturbed")), daemon=True)
     thread.start()
 
     def epochs() -> int:
