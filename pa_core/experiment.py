@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pa_core import attribution, data, metrics, models, protocol, runs, schedule, selection, train
+from pa_core.data import decode
 from pa_core.masking import to_float
 from pa_core.params import Experiment, ParameterError, derived_seed, runs_home, shown
 from pa_core.proxy import Choice, Proxies, Record, choose, examples, make_proxies, proxy_step
@@ -73,9 +75,8 @@ def prepare(experiment: Experiment) -> Prepared:
     device = train.resolve_device(experiment.device)
     dtype = train.resolve_precision(experiment.precision, device)
     models.check_name(experiment.model)
-    xai = attribution.resolve(experiment.xai)  # an alias is the same run
-    data_dir = experiment.data_dir and str(Path(experiment.data_dir).expanduser().absolute())
-    experiment = replace(experiment, xai=xai, data_dir=data_dir)  # so that the run can be opened from anywhere
+    experiment = _resolved(experiment)
+    xai = experiment.xai
     attribution.check(xai, smooth=experiment.smooth)
     weights = _file_digest(experiment.pretrained)
     dataset = load_data(experiment)
@@ -94,6 +95,26 @@ def prepare(experiment: Experiment) -> Prepared:
             attribution.check(xai, smooth=experiment.smooth, model=model)
     digest = experiment.digest(data=dataset.digest, image_size=dataset.image_size, weights=weights)
     return Prepared(experiment=experiment, dataset=dataset, model=model, device=device, dtype=dtype, digest=digest)
+
+
+def _resolved(experiment: Experiment) -> Experiment:
+    """With the one name of an alias, which is the same run, and a data_dir that can be opened from anywhere."""
+    data_dir = experiment.data_dir and str(Path(experiment.data_dir).expanduser().absolute())
+    return replace(experiment, xai=attribution.resolve(experiment.xai), data_dir=data_dir)
+
+
+def locate(experiment: Experiment, *, data_digest: str, image_size: int) -> Path:
+    """Where the run with these parameters lies, or would lie. Loads neither data nor model.
+
+    Args:
+        data_digest, image_size: of the dataset, as :func:`load_data` gives them.
+
+    Raises:
+        ParameterError: an unknown method, or a weights file that is not there.
+    """
+    experiment = _resolved(experiment)
+    digest = experiment.digest(data=data_digest, image_size=image_size, weights=_file_digest(experiment.pretrained))
+    return runs.directory(runs_home(experiment.runs_dir), experiment, digest)
 
 
 def _check_steps(experiment: Experiment, n: int) -> None:
@@ -135,15 +156,21 @@ def run(experiment: Experiment, *, rerun: bool = False, until_step: int | None =
         RunError: the run's directory holds something that does not belong to it.
     """
     prepared = prepare(experiment)
+    placement = _placement(prepared)
     path = runs.directory(runs_home(experiment.runs_dir), prepared.experiment, prepared.digest, rerun=rerun)
     _make_folder(path, experiment.runs_dir)
-    with runs.lock(path, log), torch.random.fork_rng(), _threads(Run(path).manifest.get("threads")):
+    with (
+        runs.lock(path, log),
+        torch.random.fork_rng(),
+        _threads(Run(path).manifest.get("threads")),
+        train.tf32(experiment.tf32),
+    ):
         if Run(path).finished:
-            (path / "checkpoint.pt").unlink(missing_ok=True)  # of a process killed between the two
+            runs.remove_checkpoints(path)  # of a process killed between the two
             stale = "; it was made by other code than this, rerun=True makes it anew" if Run(path).stale else ""
             log(f"finished before: {shown(path)}{stale}")
             return Run(path)
-        walk = _begin(prepared, path, log)
+        walk = _begin(prepared, placement, path, log)
         try:
             if _walk(walk, until_step):
                 _finish(walk)
@@ -151,7 +178,10 @@ def run(experiment: Experiment, *, rerun: bool = False, until_step: int | None =
                 runs.update_manifest(path, status=runs.PAUSED)
         except BaseException as error:  # noted in the manifest, then raised on
             kind = runs.INTERRUPTED if isinstance(error, KeyboardInterrupt) else runs.FAILED
-            runs.update_manifest(path, status=kind, error=f"{type(error).__name__}: {error}")
+            try:
+                runs.update_manifest(path, status=kind, error=f"{type(error).__name__}: {error}")
+            except RunError as unnoted:  # on a full disk; the first error is the one to show
+                error.add_note(str(unnoted))
             raise
         finally:
             walk.board.close()
@@ -185,6 +215,7 @@ class _Walk:
     state: train.State
     batch_size: int
     records: list[Record]
+    rows: list[dict[str, Any]]
     board: SummaryWriter
     log: Log
 
@@ -201,10 +232,12 @@ class _Walk:
         return protocol.stage(self.prepared.dataset.train, self.experiment, number=number, steps=folders)
 
 
-def _begin(prepared: Prepared, path: Path, log: Log) -> _Walk:
+def _begin(prepared: Prepared, placement: data.Placement, path: Path, log: Log) -> _Walk:
     """A fresh run, or one that stands where its checkpoint left it."""
+    if placement.store == "device":
+        prepared = replace(prepared, dataset=_on_device(prepared))
     e, dataset, manifest = prepared.experiment, prepared.dataset, Run(path).manifest
-    checkpoint = runs.load_checkpoint(path)
+    checkpoint = runs.load_checkpoint(path, log)
     if manifest:
         _check_resume(prepared, manifest, path)
     torch.manual_seed(derived_seed(e.seed, "training"))
@@ -212,18 +245,41 @@ def _begin(prepared: Prepared, path: Path, log: Log) -> _Walk:
     total_steps = e.length * train.steps_per_epoch(protocol.draws(len(dataset.train), e), batch_size)
     state = train.create_state(prepared.model, e, total_steps=total_steps, device=prepared.device, dtype=prepared.dtype)
     records: list[Record] = []
+    rows: list[dict[str, Any]] = []
     if checkpoint is not None:
         state.load_state_dict(checkpoint["state"])
-        records = [Record(**record) for record in checkpoint["records"]]
+        records, rows = [Record(**record) for record in checkpoint["records"]], checkpoint["metrics"]
         manifest = manifest | {"resumed": [*manifest.get("resumed", []), _resumption(state, manifest, log)]}
         log(f"continuing {path.name} after epoch {state.epoch}")
-    runs.cut_metrics(path, state.epoch)
+    runs.restore_metrics(path, rows, log)
     if not manifest or checkpoint is None:
         manifest = _new_manifest(prepared, batch_size)
     compiled = _compile(state, prepared, batch_size, log) if e.compile else None
-    runs.write_json(path / "manifest.json", manifest | {"status": runs.RUNNING, "error": None, "compile": compiled})
+    runs.write_json(path / "manifest.json", manifest | {"status": runs.RUNNING, "error": None, "compile": compiled, "store": asdict(placement)})
     board = SummaryWriter(str(path / "tensorboard"), purge_step=state.epoch + 1)
-    return _Walk(prepared=prepared, path=path, state=state, batch_size=batch_size, records=records, board=board, log=log)
+    return _Walk(
+        prepared=prepared, path=path, state=state, batch_size=batch_size, records=records, rows=rows, board=board, log=log
+    )
+
+
+def _placement(prepared: Prepared) -> data.Placement:
+    """Where training and validation images and the proxies will lie. The test images, read once, stay in their file."""
+    train_part, val = prepared.dataset.train, prepared.dataset.val
+    images = len(train_part) + len(val) + _room(prepared)
+    return data.place(prepared.experiment.store, needed=images * math.prod(train_part.shape), device=prepared.device)
+
+
+def _room(prepared: Prepared) -> int:
+    """The most proxies that an overlay of this run holds."""
+    e, n = prepared.experiment, len(prepared.dataset.train)
+    steps = schedule.steps(e.schedule)
+    kept = steps if e.keeps_all_proxies else min(steps, 1)
+    return kept * (n if e.select == "all" else selection.count(n, e.fraction))
+
+
+def _on_device(prepared: Prepared) -> data.Dataset:
+    dataset, device = prepared.dataset, prepared.device
+    return replace(dataset, train=dataset.train.on(device, room=_room(prepared)), val=dataset.val.on(device))
 
 
 def _resumption(state: train.State, manifest: dict[str, Any], log: Log) -> dict[str, Any]:
@@ -263,7 +319,7 @@ def _batch_size(prepared: Prepared, log: Log) -> int:
 
 def _compile(state: train.State, prepared: Prepared, batch_size: int, log: Log) -> str:
     some = torch.arange(min(batch_size, len(prepared.dataset.train)))
-    return train.try_compile(state, to_float(prepared.dataset.train.read(some).to(state.device)), log)
+    return train.try_compile(state, train.pixels(data.send(prepared.dataset.train.read(some), state.device)), log)
 
 
 def _new_manifest(prepared: Prepared, batch_size: int) -> dict[str, Any]:
@@ -312,6 +368,7 @@ def _walk(walk: _Walk, until_step: int | None) -> bool:
         if until_step is not None and len(walk.records) >= until_step:
             return False
         row = _epoch(walk, current, stage)
+        walk.rows.append(row)
         runs.append_metrics(walk.path, row)
         for name, value in row.items():
             if name not in ("epoch", "stage"):
@@ -355,7 +412,8 @@ def _epoch(walk: _Walk, stage: protocol.Stage, number: int) -> dict[str, Any]:
 
 def _checkpoint(walk: _Walk, stage: int) -> dict[str, Any]:
     """The overlay is kept as the records of its steps: their proxies are files of the run already."""
-    return {"state": walk.state.state_dict(), "stage": stage, "records": [record.to_dict() for record in walk.records]}
+    records = [record.to_dict() for record in walk.records]
+    return {"state": walk.state.state_dict(), "stage": stage, "records": records, "metrics": walk.rows}
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:
@@ -422,7 +480,7 @@ def _finish(walk: _Walk) -> None:
     started = pd.Timestamp(Run(path).manifest["started"])
     wall_time = (pd.Timestamp(runs.now()) - started).total_seconds()
     runs.update_manifest(path, status=runs.FINISHED, finished=runs.now(), wall_time=wall_time)
-    (path / "checkpoint.pt").unlink(missing_ok=True)
+    runs.remove_checkpoints(path)
     walk.log(f"test accuracy {summary['test_accuracy']:.3f} on {summary['n_test']} images, seed {e.seed}; the run is in {shown(path)}")
 
 
@@ -441,7 +499,7 @@ def predictions(logits: Tensor, part: data.Part, classes: tuple[str, ...]) -> pd
 
 
 def _summary(walk: _Walk, tested: train.Evaluation) -> dict[str, Any]:
-    rows, records, dataset = runs.read_metrics(walk.path), walk.records, walk.prepared.dataset
+    rows, records, dataset = walk.rows, walk.records, walk.prepared.dataset
     made = sum(record.images for record in records)
     reported = {name: value for name, value in rows[-1].items() if name == "reported_accuracy"}  # by the thesis' protocol only
     return {
@@ -520,3 +578,71 @@ def side_by_side(named: dict[str, Run]) -> pd.DataFrame:
     """A column per run: accuracies, and what the proxies cost."""
     rows = ["val_accuracy", "test_accuracy", "test_loss", "n_test", "epochs", "proxy_images", "masked_share", "proxy_seconds", "train_seconds"]
     return pd.DataFrame({name: pd.Series(run.summary)[rows] for name, run in named.items()}).round(4)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """What several runs see in the same n images. S may differ between runs.
+
+    Attributes:
+        names: of the images.
+        images: run -> uint8 [n, 3, S, S], as the run's network sees them.
+        maps: run -> heatmaps of the predicted class, float32 [n, S, S] in [0, 1].
+        table: a row per image and run: image, run, predicted, confidence (in [0, 1]).
+    """
+
+    names: tuple[str, ...]
+    images: Mapping[str, Tensor]
+    maps: Mapping[str, Tensor]
+    table: pd.DataFrame
+
+
+def compare(
+    named: Mapping[str, Run], images: str | os.PathLike | data.Part, *, xai: str | None = None, count: int = SHOWN, device: str = "auto"
+) -> Comparison:
+    """Predictions and heatmaps of finished runs on your own images, or on the first ones of a part of a dataset.
+
+    Args:
+        named: what each run is called -> run.
+        images: a folder (its subfolders included; what is no image is left out), an image file, or a part whose
+            images have the runs' size.
+        xai: the explanation method; by default each run's own.
+        count: how many images at most.
+
+    Raises:
+        ParameterError: there is no image, or one of another size.
+        RunError: a run is not finished.
+    """
+    where, rows, seen, maps = train.resolve_device(device), [], {}, {}
+    for name, run in named.items():
+        size, classes, e = run.manifest["image_size"], run.manifest["classes"], run.experiment
+        names, seen[name] = _own_images(images, size, count)
+        model, pixels = run.model(where), to_float(seen[name].to(where))
+        with torch.inference_mode():
+            confidence, predicted = model(pixels).float().softmax(1).max(1)
+        explained = attribution.heatmaps(model, pixels, method=xai or e.xai, target=predicted.clone(), smooth=e.smooth, ids=names, seed=e.seed)
+        maps[name] = explained.cpu()
+        guesses = zip(names, predicted.tolist(), confidence.tolist(), strict=True)
+        rows += [{"image": n, "run": name, "predicted": classes[k], "confidence": round(c, 6)} for n, k, c in guesses]
+    table = pd.DataFrame(rows, columns=["image", "run", "predicted", "confidence"])
+    return Comparison(names=tuple(names), images=seen, maps=maps, table=table)
+
+
+def _own_images(images: str | os.PathLike | data.Part, size: int, count: int) -> tuple[list[str], Tensor]:
+    """Names, and uint8 [n, 3, size, size]."""
+    if isinstance(images, data.Part):
+        read = images.read(torch.arange(min(count, len(images))))
+        if read.shape[-1] != size:
+            raise ParameterError("images", images, f"its images have {read.shape[-1]} pixels per side; allowed is {size}, as the run has")
+        return list(images.ids[:count]), read
+    path, names, found = Path(images).expanduser(), [], []
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if len(found) < count and file.is_file():
+            try:
+                found.append(torch.from_numpy(decode.pixels(str(file), size).copy()))
+            except decode.UNREADABLE:
+                continue  # the folder may hold other things, too
+            names.append(file.name if path.is_file() else file.relative_to(path).as_posix())
+    if not found:
+        raise ParameterError("images", str(images), "there is none that can be read; allowed is a folder with images, or an image")
+    return names, torch.stack(found)

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from pa_core import masking, runs
 from pa_core.data import Dataset, Part, augment
+from pa_core.experiment import Comparison
 from pa_core.params import ParameterError, derived_seed, home
 from pa_core.proxy import Proxies
 from pa_core.runs import Run
+from pa_core.statistics import MARGIN
 
 # Okabe & Ito 2008: told apart with any colour vision
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#888888"
@@ -350,6 +352,25 @@ def threshold_by_weight(
     return figure, pd.DataFrame(rows)
 
 
+@styled
+def compared(shown: Comparison) -> tuple[Figure, pd.DataFrame]:
+    """A column per image: the image, and below it each run's heatmap over it, with what it predicts and how surely."""
+    n, runs_shown = len(shown.names), list(shown.maps)
+    figure, axes = _new(len(runs_shown) + 1, n, width=1.3 * n + 1, height=1.6 * (len(runs_shown) + 1))
+    for k, name in enumerate(shown.names):
+        _picture(axes[0, k], shown.images[runs_shown[0]][k], _short(name))
+    for row, run in enumerate(runs_shown, 1):
+        guesses = shown.table[shown.table["run"] == run]
+        for k, (guess, sure) in enumerate(zip(guesses["predicted"], guesses["confidence"], strict=True)):
+            ax = axes[row, k]
+            ax.imshow(shown.images[run][k].float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            ax.imshow(shown.maps[run][k].numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
+            ax.set_title(f"{_short(guess)}\n{sure:.0%}", fontsize=8)
+            _bare(ax)
+        axes[row, 0].set_ylabel(_short(run))
+    return figure, shown.table
+
+
 # 04: results
 
 
@@ -411,6 +432,62 @@ def accuracy_by(frame: pd.DataFrame, *, by: Sequence[str] = BY) -> tuple[Figure,
     handles = [matplotlib.lines.Line2D([], [], ls="", marker="o", color=c, label=t) for c, t in ((BLUE, "plain"), (ORANGE, "with proxies"))]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure, pd.DataFrame(rows, columns=["parameter", "value", "run", "seed", "val_accuracy"])
+
+
+@styled
+def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> tuple[Figure, pd.DataFrame]:
+    """A study: each arm's difference to the reference, and the declared contrasts, with intervals; a panel per dataset and model.
+
+    Args:
+        table: of `statistics.compare`, or a committed study_X.csv.
+    """
+    shown = table[(table["metric"] == metric) & table["difference"].notna()]
+    groups = list(shown.groupby(["dataset", "model"], sort=False))
+    if not groups:
+        return _nothing("no two arms of the study share a seed"), shown
+    most = max(len(rows) for _, rows in groups)
+    figure, axes = _new(1, len(groups), width=3.4 + 4.6 * len(groups), height=0.3 * most + 1.4, sharex=True)
+    for ax, ((dataset, model), rows) in zip(axes.flat, groups, strict=True):
+        y = np.arange(len(rows))[::-1]
+        ax.axvspan(-100 * MARGIN, 100 * MARGIN, color=GREY, alpha=0.2, lw=0)
+        ax.axvline(0, color=GREY, lw=0.8)
+        for place, row in zip(y, rows.itertuples(), strict=True):
+            colour = ORANGE if row.declared else BLUE
+            ax.plot([100 * row.low, 100 * row.high], [place, place], color=colour, lw=1.5)
+            ax.plot(100 * row.difference, place, marker="o", ms=4, color=colour)
+        ax.set_yticks(y, [f"{_short(f'{row.arm} − {row.against}', 44)}  (n = {row.n})" for row in rows.itertuples()])
+        ax.set_title(f"{dataset}, {model}")
+        ax.set_xlabel("difference in points, 95 % interval")
+    handles = [matplotlib.lines.Line2D([], [], marker="o", ms=4, color=c, label=t) for c, t in ((ORANGE, "declared"), (BLUE, "descriptive"))]
+    handles.append(matplotlib.patches.Patch(color=GREY, alpha=0.2, label="within half a point"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure, shown
+
+
+@styled
+def decomposition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """What a reported accuracy has beyond the honest one: a group of bars per arm, a bar per component, with intervals.
+
+    Args:
+        table: of `statistics.decompose`, or a committed study_X_decomposition.csv.
+    """
+    arms = list(dict.fromkeys(zip(table["dataset"], table["model"], table["arm"], strict=True)))
+    colours = {"leak": RED, "extra data": ORANGE, "masking": BLUE, "total": GREY}
+    figure, ((ax,),) = _new(1, 1, width=7.2, height=0.85 * len(arms) + 1.3)
+    for i, key in enumerate(arms):
+        rows = table[(table[["dataset", "model", "arm"]] == key).all(axis=1)].set_index("component")
+        for k, (name, colour) in enumerate(colours.items()):
+            row, place = rows.loc[name], len(arms) - i - 0.2 * k
+            ax.barh(place, 100 * row["mean"], height=0.18, color=colour, label=name if i == 0 else None)
+            ax.plot([100 * row["low"], 100 * row["high"]], [place, place], color="black", lw=0.9)
+    names = {dataset for dataset, _, _ in arms}
+    labels = [(f"{dataset}, " if len(names) > 1 else "") + arm for dataset, _, arm in arms]
+    counts = [int(table[(table[["dataset", "model", "arm"]] == key).all(axis=1)]["n"].iloc[0]) for key in arms]
+    ax.set_yticks([len(arms) - i - 0.3 for i in range(len(arms))], [f"{_short(t, 40)}  (n = {n})" for t, n in zip(labels, counts, strict=True)])
+    ax.axvline(0, color=GREY, lw=0.8)
+    ax.set_xlabel("reported minus honest accuracy, in points, with 95 % intervals")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure, table
 
 
 @styled

@@ -28,8 +28,7 @@ SCHEMA = 1
 SELECT = ("misclassified", "loss", "margin", "entropy", "random", "easiest", "all")
 FILLS = ("zero", "one", "mean", "max", "min", "half_max", "noise", "blur", "patch", "blend", "none")
 PROTOCOLS = ("clean", "thesis", "thesis_text")
-AUGMENTATIONS = ("flip", "rotate", "crop")
-AUGMENTATIONS_LATER = ("erase", "cutmix", "mixup")
+AUGMENTATIONS = ("flip", "rotate", "crop", "erase", "cutmix", "mixup")
 
 
 class ParameterError(ValueError):
@@ -196,8 +195,6 @@ def _augment(value: Any) -> str:
         return "none"
     allowed = f"allowed is none, or any of {', '.join(AUGMENTATIONS)} with commas between them"
     for name in names:
-        if name in AUGMENTATIONS_LATER:
-            raise ValueError(f"{name} comes with a later version; {allowed}")
         if name not in AUGMENTATIONS:
             raise ValueError(f"{name or 'an empty name'} is unknown; {allowed}{nearest(name, AUGMENTATIONS)}")
     if len(set(names)) < len(names):
@@ -250,6 +247,8 @@ COERCE: dict[str, Callable[[Any], Any]] = {
     "precision": _choice("auto", "fp32", "bf16", "fp16"),
     "device": _device,
     "compile": _boolean,
+    "tf32": _boolean,
+    "store": _choice("auto", "device", "mapped"),
     "seed": _integer(0, 2**63 - 1),
     "runs_dir": _text,
 }
@@ -259,7 +258,7 @@ _PROXY_ONLY = frozenset(
     "overlay keep_proxies".split()
 )
 # Neither places nor what the data digest and the resolved image size, which enter the identity, say already
-_ELSEWHERE = frozenset("data_dir device runs_dir bad_images image_size".split())
+_ELSEWHERE = frozenset("data_dir device store runs_dir bad_images image_size".split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +305,8 @@ class Experiment:
     precision: str = "auto"
     device: str = "auto"
     compile: bool = False
+    tf32: bool = False
+    store: str = "auto"
     seed: int = 0
     runs_dir: str = "runs"
 

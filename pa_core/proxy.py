@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from pa_core import attribution, masking, selection
-from pa_core.data import Part
+from pa_core.data import Part, send
 from pa_core.models import Classifier
 from pa_core.params import Experiment, derived_seed
-from pa_core.train import autocast, evaluate, evaluation_batch
+from pa_core.train import autocast, evaluate, evaluation_batch, feed, memory_format, pixels
 
 EXAMPLES = 16
 """Heatmaps kept per step, of the first choices, to be looked at; all are not, they would take more room than the proxies."""
@@ -84,15 +84,21 @@ class Proxies:
 class Overlay:
     """The training part with proxies in the place of their originals, or beside them.
 
+    Where the part lies on a device, the proxies are copied into the room behind its images, so that reading stays one
+    gather; a later overlay of the same part takes that room over.
+
     Args:
         base: the training part.
         mode: ``replace``, or ``append``: the proxies follow as positions N, N + 1, ...
         steps: directories of proxy steps, the earliest first; where two have a proxy of one image,
             ``replace`` takes the later one.
+
+    Raises:
+        ValueError: the part has less room than there are proxies.
     """
 
     def __init__(self, base: Part, *, mode: str, steps: list[Path]):
-        self.base, self.mode = base, mode
+        self.base, self.mode, self.shape, self.resident = base, mode, base.shape, base.resident
         self._images = [np.load(step / "images.npy", mmap_mode="r") for step in steps]
         positions = [torch.from_numpy(np.load(step / "positions.npy")) for step in steps]
         self._starts = np.cumsum([0, *(len(p) for p in positions)])
@@ -106,12 +112,27 @@ class Overlay:
         else:
             self.slot = torch.cat([self.slot, torch.arange(len(self.positions))])
             self.labels = torch.cat([base.labels, base.labels[self.positions]])
+        if base.images is not None:
+            # the row of base.images that is read at position i
+            row = torch.where(self.slot < 0, torch.arange(len(self.slot)), n + self.slot)
+            self._row = row.to(base.images.device)
+            self._fill(base.images[n:])
+
+    def _fill(self, room: Tensor) -> None:
+        if len(room) < len(self.positions):
+            raise ValueError(f"the part has room for {len(room)} proxies, and there are {len(self.positions)}")
+        for start, images in zip(self._starts, self._images, strict=False):
+            for at in range(0, len(images), CHUNK):
+                some = torch.from_numpy(images[at : at + CHUNK].copy())
+                room[start + at : start + at + len(some)] = some
 
     def __len__(self) -> int:
         return len(self.slot)
 
     def read(self, index: Tensor) -> Tensor:
-        """[n] positions -> uint8 [n, 3, S, S], in the order asked."""
+        """[n] positions -> uint8 [n, 3, S, S], in the order asked; on the part's device."""
+        if self.base.images is not None:
+            return self.base.images.index_select(0, self._row[send(index, self._row.device)])
         slot = self.slot[index]
         proxy = slot >= 0
         images = self.base.read(index[~proxy])
@@ -194,6 +215,7 @@ def _heatmaps(
     if choice.maps is not None:
         return attribution.from_grids(choice.maps, image_size=images.shape[-1], smooth=e.smooth)
     target = choice.targets.to(device)
+    images = images.contiguous(memory_format=memory_format(device))  # as in training
     with autocast(device, dtype):
         return attribution.heatmaps(model, images, method=e.xai, target=target, smooth=e.smooth, ids=ids, seed=e.seed)
 
@@ -202,7 +224,7 @@ def donors(part: Part, positions: Tensor, *, seed: int) -> Tensor:
     """Another training image for each of some, for the fill ``patch``; which one is seeded by the id.
 
     Returns:
-        float32 [n, 3, S, S] in [0, 1], on the CPU.
+        float32 [n, 3, S, S] in [0, 1], on the part's device.
     """
     others = len(part) - 1
     shifts = [1 + derived_seed(seed, "patch", part.ids[i]) % others for i in positions.tolist()]
@@ -257,11 +279,11 @@ def _scored(
         return evaluate(model, part, device=device, dtype=dtype).logits, None
     logits, maps = [], []
     with attribution.as_found(model):
-        for index in torch.arange(len(part)).split(evaluation_batch(part)):
-            images = masking.to_float(part.read(index).to(device, non_blocking=True))
-            target = part.labels[index].to(device) if e.xai_target == "label" else None
+        order = torch.arange(len(part)).split(evaluation_batch(part))
+        for index, images in zip(order, feed(part, order, device), strict=True):
+            target = send(part.labels[index], device) if e.xai_target == "label" else None
             with autocast(device, dtype):
-                made, scored = attribution.grids(model, images, method=e.xai, target=target, smooth=e.smooth)
+                made, scored = attribution.grids(model, pixels(images), method=e.xai, target=target, smooth=e.smooth)
             logits.append(scored.float())
             maps.append(made)
     return torch.cat(logits).cpu(), torch.cat(maps)
@@ -332,7 +354,7 @@ def examples(directory: Path, part: Part, *, count: int) -> tuple[Proxies, Tenso
     else:
         maps = torch.zeros((0, *images.shape[2:]))
         mask = maps.bool()
-    made = Proxies(originals=part.read(at), maps=maps, mask=mask, images=torch.from_numpy(images[:n].copy()))
+    made = Proxies(originals=part.read(at).cpu(), maps=maps, mask=mask, images=torch.from_numpy(images[:n].copy()))
     return made, at
 
 
@@ -375,9 +397,8 @@ class _Images:
     """A .npy file written in pieces, so that memory does not grow with the number of proxies."""
 
     def __init__(self, path: Path, *, count: int, like: Part):
-        shape = like.read(torch.zeros(0, dtype=torch.long)).shape[1:]
         self.file = open(path, "wb")
-        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *like.shape)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def __enter__(self) -> _Images:

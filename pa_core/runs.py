@@ -5,11 +5,12 @@
     summary.json         written once, at the end
     classes.csv          per class on the test images: precision, recall, F1, support
     predictions.csv      per test image: id, label, predicted, confidence
-    checkpoint.pt        while it trains; weights.safetensors once it is done
+    checkpoint.pt        while it trains, with the one before it, checkpoint.prev.pt; weights.safetensors once it is done
     proxies/step_1/      what the proxy step made: images.npy, positions.npy, proxies.csv, examples.npz
     tensorboard/
 
-Every file but the metrics is replaced as a whole, so that a reader or a killed process finds the old one or the new one.
+Every file but the metrics is replaced as a whole, so that a reader or a killed process finds the old one or the new one. A run
+that a sweep made also holds the executed notebook.ipynb and its figures/.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import platform
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -35,7 +40,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from pa_core import models
-from pa_core.params import Experiment, home
+from pa_core.params import Experiment, home, shown
 
 RUNNING, PAUSED, FINISHED, FAILED, INTERRUPTED = "running", "paused", "finished", "failed", "interrupted"
 
@@ -71,8 +76,7 @@ class Run:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        path = self.path / "manifest.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_json(self.path / "manifest.json")
 
     @property
     def finished(self) -> bool:
@@ -94,8 +98,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_json(self.path / "summary.json")
 
     @property
     def classes(self) -> pd.DataFrame:
@@ -161,16 +164,50 @@ def lock(path: Path, log: Any = print) -> Iterator[None]:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write, of a full disk for one, into an error that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own over it
+        if not isinstance(cause, OSError):
+            raise
+        raise RunError(f"{shown(path)} cannot be written ({cause.strerror}); what was there before is intact") from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; what was written there takes its place at the end, or not at all."""
+    """Yield a temporary path beside ``path``; what was written there takes its place at the end, or not at all.
+
+    Raises:
+        RunError: it could not be written.
+    """
     temporary = path.with_name(f"{path.name}.part")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's content, ``{}`` where there is none.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise RunError(f"{shown(path)} is damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{shown(path)} is damaged (it holds no names and values)")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -187,43 +224,99 @@ def update_manifest(path: Path, **changes: Any) -> None:
     write_json(path / "manifest.json", Run(path).manifest | changes)
 
 
-# Metrics: a line per epoch, appended; on resume cut back to the checkpoint
+# Metrics: a line per epoch, appended; on resume written anew as the checkpoint has them
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    with open(path / "metrics.jsonl", "a") as file:
+    with writing(path / "metrics.jsonl"), open(path / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl. A last line without its end, from a process killed while writing, is left out."""
+    """Rows of metrics.jsonl. A last line without its end, from a process killed while writing, is left out.
+
+    Raises:
+        RunError: a line is damaged.
+    """
     file = path / "metrics.jsonl"
-    text = file.read_text() if file.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or row.get("epoch") != number:
+            raise RunError(f"{shown(file)} is damaged: line {number} is not that of epoch {number}")
+        rows.append(row)
+    return rows
 
 
-def cut_metrics(path: Path, epoch: int) -> None:
-    """Keep the first ``epoch`` epochs."""
-    rows = [row for row in read_metrics(path) if row["epoch"] <= epoch]
+def restore_metrics(path: Path, rows: list[dict[str, Any]], log: Callable[[str], None] = print) -> None:
+    """Make metrics.jsonl hold the checkpoint's rows: lines after them go, and what is damaged or missing is put back, and said."""
+    try:
+        missing = len(read_metrics(path)) < len(rows)
+        damage = f"{shown(path / 'metrics.jsonl')} is cut short" if missing else ""
+    except RunError as error:
+        damage = str(error)
+    if damage:
+        log(f"{damage}; it is written anew, up to epoch {len(rows)}")
     if rows or (path / "metrics.jsonl").exists():
         with replacing(path / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# Checkpoints
+# Checkpoints: the last one, and the one before it, in case a disk or a copy damages the last
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.prev.pt")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    with replacing(path / "checkpoint.pt") as temporary:
-        torch.save(state, temporary)
+    """Raises RunError when it cannot be written; the last one is then as it was."""
+    last, previous = (path / name for name in CHECKPOINTS)
+    with replacing(last) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if last.is_file():
+            os.replace(last, previous)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The last checkpoint on the CPU, or None."""
-    file = path / "checkpoint.pt"
-    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
+def load_checkpoint(path: Path, log: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """The last good checkpoint, on the CPU, or None. One that is damaged is named, and removed, so that it never becomes the previous one."""
+    for name in CHECKPOINTS:
+        file = path / name
+        if not file.is_file():
+            continue
+        damage = _damage(file)
+        if not damage:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        log(f"{shown(file)} is damaged ({damage}) and left out")
+        file.unlink()
+    return None
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with a checkpoint; empty when nothing is. torch.save writes checksums that torch.load does not compare."""
+    broken = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+        if bad is None:
+            torch.load(file, map_location="meta", weights_only=True)
+    except broken as error:
+        return " ".join(str(error).split()[:12]) or type(error).__name__
+    return f"the checksum of {bad} is wrong" if bad else ""
+
+
+def remove_checkpoints(path: Path) -> None:
+    for name in CHECKPOINTS:
+        (path / name).unlink(missing_ok=True)
 
 
 def save_weights(path: Path, network: torch.nn.Module) -> None:

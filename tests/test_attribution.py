@@ -1,6 +1,8 @@
 """Heatmaps: a toy network by hand, independent implementations on trained networks, and what must be left as found."""
 
 import re
+import subprocess
+import sys
 
 import cv2  # noqa: F401  (the grad-cam package needs it; a missing one should be named here)
 import numpy as np
@@ -15,8 +17,11 @@ from torch import nn
 
 from pa_core import attribution
 from pa_core.attribution import METHODS, heatmaps
+from pa_core.attribution.__main__ import BEGIN, END, written_into
+from pa_core.attribution.captum_methods import deeplift_contributions
+from pa_core.experiment import prepare
 from pa_core.models import Cam, Classifier, create
-from pa_core.params import ParameterError
+from pa_core.params import Experiment, ParameterError, home
 
 # A network whose every number can be computed by hand: features are the first two colour channels of a 2 x 2
 # image, class 0 is a weighted sum of them, so that the weights are the gradient.
@@ -66,16 +71,28 @@ BY_HAND = {
     "gradcam++": [0.1 * 19 / 15, 0.2 * 19 / 15, 0.3 * 19 / 15, 0.4 * 19 / 15],
     # G A centred: (-.25 -.55 -.05 .85), (-1.2 .4 .4 .4); covariance [[1.09 .4] [.4 1.92]]; component ~ (.4, .99139)
     "eigengradcam": [0, 0.17656, 0.37656, 0.73656],
+    # w1 = sum(G1 A1) / sum(A1) = 1.4, w2 = -1.6 / 1.4; A1 w1 + A2 w2 = (-.77 .05 .42 .10)
+    "xgradcam": [0, 0.28 - 0.32 / 1.4, 0.42, 0.56 - 0.64 / 1.4],
+    "layercam": [0.1, 0, 0.3, 1.2],  # relu(G1) A1 + relu(G2) A2
+    # A centred: (-.15 -.05 .05 .15), (.45 -.15 -.35 .05); covariance [[.05 -.07] [-.07 .35]]; component ~ (-.21658, .97627),
+    # its projection (.47181 -.13561 -.35252 .01633) against G A summed (-1.5 -.2 .3 1.2): turned round
+    "eigencam": [0, 0.13561, 0.35252, 0],
     "saliency": [2, 1, 1, 3],  # max over channels of |G|
     "input_x_gradient": [1.5, 0.2, 0.3, 1.2],  # |G1 A1 + G2 A2|
     "integrated_gradients": [1.5, 0.2, 0.3, 1.2],  # a linear function: the same
+    "smoothgrad": [2, 1, 1, 3],
+    "deeplift": [1.5, 0.2, 0.3, 1.2],
+    # against grey: G1 (A1 - .5) + G2 (A2 - .5) = -.4 - .6, .3, -.2, -.3
+    "occlusion": [-1, 0.3, -0.2, -0.3],
+    # channels scaled to [0, 1]: (0 1/3 2/3 1), (1 .25 0 .5). The logit under each: 1.3333 and -.95; softmax .90749 .09251
+    "scorecam": [0.90749 * a + 0.09251 * b for a, b in zip((0.1, 0.2, 0.3, 0.4), (0.8, 0.2, 0.0, 0.4), strict=True)],
 }
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "tokens"])
 @pytest.mark.parametrize("method", BY_HAND)
 def test_toy_network_by_hand(method, layout):
-    expected = torch.tensor(BY_HAND[method])
+    expected = torch.tensor(BY_HAND[method], dtype=torch.float32)
     expected = (expected - expected.min()) / (expected.max() - expected.min())
     got = heatmaps(toy(layout), IMAGE, method=method, target=torch.tensor([0]))
     assert got.shape == (1, 2, 2) and got.dtype == torch.float32
@@ -132,7 +149,13 @@ def package(kind, trained, **keywords):
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("gradcam", "GradCAM"), ("gradcam++", "GradCAMPlusPlus"), ("hirescam", "HiResCAM")],
+    [
+        ("gradcam", "GradCAM"),
+        ("gradcam++", "GradCAMPlusPlus"),
+        ("hirescam", "HiResCAM"),
+        ("xgradcam", "XGradCAM"),
+        ("layercam", "LayerCAM"),
+    ],
 )
 def test_against_the_grad_cam_package(method, kind, trained):
     model, _, _, images, labels = trained
@@ -142,18 +165,34 @@ def test_against_the_grad_cam_package(method, kind, trained):
     np.testing.assert_allclose(ours, theirs, atol=5e-3 if method == "gradcam++" else 1e-4)
 
 
-def test_eigengradcam_against_the_grad_cam_package(trained):
+def test_scorecam_against_the_grad_cam_package(trained, monkeypatch):
+    """The package aligns the corners when it resizes a channel to the image, which nothing here does; the rest is the same."""
+    model, _, _, images, labels = trained
+    monkeypatch.setattr(nn, "UpsamplingBilinear2d", lambda size: nn.Upsample(size=size, mode="bilinear"))
+    head = model.network.get_classifier().weight
+    with torch.no_grad():  # with logits of 1000 the softmax over the channels would pick one channel
+        head.div_(1000)
+    try:
+        theirs, ours = package(pytorch_grad_cam.ScoreCAM, trained), heatmaps(model, images, method="scorecam", target=labels)
+    finally:
+        with torch.no_grad():
+            head.mul_(1000)
+    np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["eigencam", "eigengradcam"])
+def test_eigen_methods_against_the_grad_cam_package(method, trained):
     """The package leaves the sign of the component to chance; ours is turned towards the evidence."""
     model, _, _, images, labels = trained
     activations, logits = model.forward_cam(images)
     (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), activations)
     evidence = model.cam.spatial(activations.detach() * gradient)
-    theirs = get_2d_projection(evidence.numpy())
+    theirs = get_2d_projection((model.cam.spatial(activations.detach()) if method == "eigencam" else evidence).numpy())
     toward = evidence.sum(1).flatten(1)
     sign = np.sign(((toward - toward.mean(1, keepdim=True)).numpy() * theirs.reshape(len(theirs), -1)).sum(1))
     theirs = torch.from_numpy(theirs * sign[:, None, None]).float().relu()
     theirs = attribution.scale(F.interpolate(theirs[:, None], size=images.shape[-2:], mode="bilinear").squeeze(1))
-    ours = heatmaps(model, images, method="eigengradcam", target=labels)
+    ours = heatmaps(model, images, method=method, target=labels)
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=2e-3)
 
 
@@ -234,6 +273,12 @@ def test_range_and_shape_alone_or_in_a_batch(method, trained):
         torch.testing.assert_close(alone[0], maps[2], atol=1e-2, rtol=0)
 
 
+def attributes(model):
+    """Flags that methods set for a while (fused_attn, stride, inplace, ...), and whatever else modules carry."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return [{k: v for k, v in vars(m).items() if isinstance(v, plain)} | {"names": sorted(vars(m))} for m in model.modules()]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_everything_is_left_as_found(method, trained):
     model, _, _, images, labels = trained
@@ -251,6 +296,8 @@ def test_everything_is_left_as_found(method, trained):
         "rng": torch.get_rng_state(),
         "buffers": [b.clone() for b in model.buffers()],
         "grad_mode": torch.is_grad_enabled(),
+        "numpy": np.random.get_state()[1].copy(),
+        "attributes": attributes(model),
     }
     heatmaps(model, images, method=method, target=labels)
     assert [m.training for m in model.modules()] == before["modes"]
@@ -262,15 +309,21 @@ def test_everything_is_left_as_found(method, trained):
     assert torch.equal(torch.get_rng_state(), before["rng"])
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before["buffers"], strict=True))
     assert torch.is_grad_enabled() == before["grad_mode"] and not images.requires_grad
+    assert (np.random.get_state()[1] == before["numpy"]).all() and attributes(model) == before["attributes"]
     parameter.grad = None
     model.eval()
 
 
-def test_random_is_seeded_by_id_and_seed():
-    model, images = toy(), torch.rand(3, 3, 2, 2)
-    first = heatmaps(model, images, method="random", ids=["a", "b", "c"], seed=1)
-    assert torch.equal(first[1], heatmaps(model, images[:1], method="random", ids=["b"], seed=1)[0])
-    assert not torch.equal(first, heatmaps(model, images, method="random", ids=["a", "b", "c"], seed=2))
+@pytest.mark.parametrize("method", ["random", "random_blur", "smoothgrad", "gradient_shap"])
+def test_noise_is_seeded_by_id_and_seed(method):
+    model, images = create("test_resnet", classes=2, image_size=32, seed=1), torch.rand(3, 3, 32, 32)
+    target = torch.zeros(3, dtype=torch.long)
+    first = heatmaps(model, images, method=method, target=target, ids=["a", "b", "c"], seed=1)
+    alone = heatmaps(model, images[1:2], method=method, target=target[:1], ids=["b"], seed=1)
+    torch.testing.assert_close(alone[0], first[1], atol=1e-4, rtol=0)
+    for ids, seed in ((["a", "b", "c"], 2), (["d", "e", "f"], 1)):
+        other = heatmaps(model, images, method=method, target=target, ids=ids, seed=seed)
+        assert ((first - other).abs().flatten(1).amax(1) > 0.01).all()
 
 
 def test_shuffled_gives_each_image_the_map_of_another():
@@ -280,6 +333,12 @@ def test_shuffled_gives_each_image_the_map_of_another():
     dealt = heatmaps(model, images, method="shuffled", target=target, seed=3)
     donors = [[k for k in range(6) if torch.allclose(dealt[i], own[k])] for i in range(6)]
     assert sorted(k for (k,) in donors) == list(range(6)) and all(i not in d for i, d in enumerate(donors))
+    names = [str(i) for i in range(6)]
+    donor = attribution.derangement(names, seed=3)
+    assert [k for (k,) in donors] == donor.tolist()
+    moved = attribution.derangement(names[::-1], seed=3)  # the same deal, whatever the order of the batch
+    assert [5 - int(i) for i in moved.flip(0)] == donor.tolist()
+    assert attribution.derangement(names, seed=4).tolist() != donor.tolist()
     with pytest.raises(ParameterError, match="shuffled.*two images"):
         heatmaps(model, images[:1], method="shuffled")
 
@@ -301,6 +360,10 @@ def test_refusals():
         attribution.check("gradcan")
     with pytest.raises(ParameterError, match="smooth = 'eigen'.*saliency"):
         attribution.check("saliency", smooth="eigen")
+    with pytest.raises(ParameterError, match="smooth = 'flip'"):
+        attribution.grids(toy(), IMAGE, method="gradcam", smooth="flip")
+    with pytest.raises(ParameterError, match="xai = 'saliency'"):
+        attribution.grids(toy(), IMAGE, method="saliency")
     assert attribution.resolve("gradcamplusplus") == attribution.resolve("gradcampp") == "gradcam++"
 
 
@@ -310,3 +373,265 @@ def test_no_images():
 
 def test_a_constant_map_is_zero():
     assert attribution.scale(torch.full((1, 4, 4), 3.0)).abs().sum() == 0
+
+
+# Grids: what the scoring pass has computed anyway
+
+
+@pytest.mark.parametrize("smooth", ["none", "gaussian", "eigen"])
+@pytest.mark.parametrize("method", [name for name in METHODS if attribution.fused(name, "none") and name != "shuffled"])
+def test_heatmaps_are_the_grids_of_the_pass_that_scores(method, smooth, trained):
+    model, _, _, images, _ = trained
+    with attribution.as_found(model):
+        maps, logits = attribution.grids(model, images, method=method, smooth=smooth)
+    assert maps.shape == (4, *model.cam.grid) and maps.dtype == torch.float32 and maps.min() >= 0 and not maps.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(images))
+    assert not logits.requires_grad
+    expected = heatmaps(model, images, method=method, target=logits.argmax(1), smooth=smooth)
+    assert torch.equal(attribution.from_grids(maps, image_size=images.shape[-1], smooth=smooth), expected)
+    assert torch.equal(heatmaps(model, images, method=method, smooth=smooth), expected)
+
+
+def test_a_cam_takes_one_forward_pass():
+    model, passes = toy(), []
+    model.network.forward_features = lambda x, known=model.network.forward_features: passes.append(len(x)) or known(x)
+    heatmaps(model, IMAGE, method="gradcam++")
+    assert passes == [1]
+
+
+def test_what_is_fused():
+    assert attribution.fused("gradcampp", "gaussian") and attribution.fused("shuffled", "none")
+    assert not any(attribution.fused(m, "none") for m in ("scorecam", "saliency", "chefer", "random"))
+    assert not attribution.fused("gradcam", "flip")
+
+
+# Rules for activations, against autograd functions of our own
+
+
+class Rectifier(torch.autograd.Function):
+    """A ReLU whose gradient passes only where it is positive; guided: and where the input was."""
+
+    @staticmethod
+    def forward(ctx, x, guided):
+        ctx.save_for_backward(x)
+        ctx.guided = guided
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient.relu() * (x > 0 if ctx.guided else 1), None
+
+
+class Ruled(nn.Module):
+    def __init__(self, guided):
+        super().__init__()
+        self.guided = guided
+
+    def forward(self, x):
+        return Rectifier.apply(x, self.guided)
+
+
+@pytest.mark.parametrize("method", ["guided_backprop", "deconvolution", "guided_gradcam"])
+def test_rectifier_rules_against_a_network_with_the_rule_built_in(method):
+    images, target = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
+    model = create("test_resnet", classes=3, image_size=32, seed=1).eval()
+    ours = heatmaps(model, images, method=method, target=target)
+    ruled = create("test_resnet", classes=3, image_size=32, seed=1).eval()
+    for name, module in list(ruled.named_modules()):
+        if isinstance(module, nn.ReLU):
+            parent, _, leaf = name.rpartition(".")
+            setattr(ruled.get_submodule(parent), leaf, Ruled(method != "deconvolution"))
+    x = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(ruled(x).gather(1, target[:, None]).sum(), x)
+    expected = gradient.abs().amax(1)
+    if method == "guided_gradcam":
+        expected = expected * heatmaps_of_gradcam(model, images, target)
+    plain = heatmaps(model, images, method="saliency", target=target)
+    torch.testing.assert_close(ours, attribution.scale(expected), atol=1e-4, rtol=0)
+    assert (ours - plain).abs().max() > 0.1
+
+
+def heatmaps_of_gradcam(model, images, target):
+    maps, _ = attribution.grids(model, images, method="gradcam", target=target)
+    return F.interpolate(maps[:, None], size=images.shape[-2:], mode="bilinear")[:, 0]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "resnet10t", "regnetx_002"])  # a max pool that overlaps, after a ReLU; none
+def test_deeplift_adds_up_to_the_logit(name):
+    model = create(name, classes=3, image_size=32, seed=1).double().eval()
+    for module in model.modules():  # a reference that is not the same everywhere
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, generator=torch.Generator().manual_seed(2))
+    images, target = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 2])
+    request = attribution.Request(model=model, images=images, target=target, ids=["a", "b", "c"], seed=0)
+    parts = deeplift_contributions(request).sum((1, 2, 3))
+    with torch.no_grad():
+        whole = (model(images) - model(torch.zeros_like(images))).gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(parts, whole, atol=1e-9, rtol=1e-6)
+
+
+def small(*layers):
+    """A network of our own around some layers."""
+
+    class Net(nn.Module):
+        pretrained_cfg = Toy.pretrained_cfg
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *layers), nn.Linear(4, 2)
+
+        def forward_features(self, x):
+            return self.body(x)
+
+        def forward_head(self, x):
+            return self.head(x.mean((2, 3)))
+
+        def forward(self, x):
+            return self.forward_head(self.forward_features(x))
+
+    cam = Cam(layer="forward_features", layout="NCHW", grid=(8, 8))
+    return Classifier(Net(), name="small", classes=2, image_size=8, cam=cam, changes=()).eval()
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+shared = nn.ReLU()
+GUIDED, TWICE = {"guided_backprop", "guided_gradcam"}, [shared, nn.Conv2d(4, 4, 1), shared]
+
+
+@pytest.mark.parametrize(
+    ("layers", "refused", "why"),
+    [
+        ([nn.ReLU()], set(), ""),
+        ([nn.ReLU(inplace=True), nn.BatchNorm2d(4), nn.MaxPool2d(3, 2, 1), nn.ReLU()], set(), ""),
+        ([nn.ReLU(), nn.GroupNorm(2, 4)], {"deeplift"}, "the operation NativeGroupNorm"),
+        ([nn.LeakyReLU()], GUIDED | {"deconvolution"}, "the operation LeakyRelu"),
+        ([Calls(F.relu)], GUIDED | {"deconvolution", "deeplift"}, "the operation Relu"),
+        ([nn.ReLU(), Calls(torch.relu)], GUIDED | {"deconvolution", "deeplift"}, "the operation Relu"),
+        ([nn.GELU()], GUIDED | {"deconvolution", "deeplift"}, "the operation Gelu"),
+        ([nn.SiLU()], GUIDED | {"deconvolution", "deeplift"}, "the operation Silu"),
+        ([Calls(F.hardswish)], GUIDED | {"deconvolution", "deeplift"}, "the operation Hardswish"),
+        ([nn.ReLU6()], GUIDED | {"deconvolution", "deeplift"}, "the operation Hardtanh"),
+        ([nn.ReLU(), Calls(lambda x: x * x.mean((2, 3), keepdim=True))], GUIDED | {"deconvolution", "deeplift"}, "product"),
+        ([nn.ReLU(), Calls(lambda x: F.max_pool2d(x, 2))], {"deeplift"}, "the operation MaxPool2DWithIndices"),
+        ([nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)], {"deeplift"}, "ceil_mode"),
+        (TWICE, {"deconvolution", "deeplift"}, "used more than once"),
+    ],
+    ids=str,
+)
+def test_rules_that_would_silently_be_plain_gradients_are_refused(layers, refused, why):
+    model = small(*layers)
+    for method in ("guided_backprop", "guided_gradcam", "deconvolution", "deeplift"):
+        if method in refused:
+            with pytest.raises(ParameterError, match=f"{method}.*{why}.*allowed is one of gradcam.*saliency"):
+                attribution.check(method, model=model)
+        else:
+            attribution.check(method, model=model)
+    assert not {"attention_rollout", "random", *refused} & set(attribution.servable(model))
+
+
+# Attention
+
+
+def by_hand(model, images, target=None):
+    """Rollout, or with a target Chefer's relevance, written with explicit matrices on attention that is recomputed."""
+    network, x = model.network, model.normalise(images)
+    tokens = network.norm_pre(network._pos_embed(network.patch_embed(x)))
+    attentions = []
+    for block in network.blocks:
+        y, attn = block.norm1(tokens), block.attn
+        n, t, c = y.shape
+        q, k, v = attn.qkv(y).reshape(n, t, 3, attn.num_heads, c // attn.num_heads).permute(2, 0, 3, 1, 4)
+        attentions.append((q @ k.transpose(-2, -1) / (c // attn.num_heads) ** 0.5).softmax(-1))
+        tokens = tokens + block.ls1(attn.proj((attentions[-1] @ v).transpose(1, 2).reshape(n, t, c)))
+        tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+    logits = network.forward_head(network.norm(tokens))
+    if target is None:
+        weights = [(a.mean(1) + torch.eye(t)) / 2 for a in attentions]
+    else:
+        gradients = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), attentions)
+        weights = [torch.eye(t) + (a * g).relu().mean(1) for a, g in zip(attentions, gradients, strict=True)]
+    result = np.stack([np.eye(t)] * n)
+    for weight in weights:
+        result = weight.detach().double().numpy() @ result
+    return result, logits.detach()
+
+
+VITS = {"class token": ("test_vit", 1, [0]), "distilled": ("deit_tiny_distilled_patch16_224", 2, [0, 1])}
+
+
+@pytest.mark.parametrize("kind", VITS)
+@pytest.mark.parametrize("fused_attention", [True, False])
+@pytest.mark.parametrize("method", ["attention_rollout", "chefer"])
+def test_attention_methods_against_explicit_matrices(method, fused_attention, kind):
+    name, prefix, read = VITS[kind]
+    model = create(name, classes=3, image_size=64, seed=1).eval()
+    for head in (model.network.head, getattr(model.network, "head_dist", model.network.head)):
+        nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
+    for block in model.network.blocks:
+        block.attn.fused_attn = fused_attention
+    images, target = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
+    matrix, logits = by_hand(model, images, None if method == "attention_rollout" else target)
+    torch.testing.assert_close(logits, model(images).detach(), atol=1e-4, rtol=1e-4)
+    patches = torch.from_numpy(matrix[:, read, prefix:].mean(1)).float().unflatten(1, (4, 4))
+    expected = attribution.scale(F.interpolate(patches[:, None], size=(64, 64), mode="bilinear")[:, 0])
+    ours = heatmaps(model, images, method=method, target=target)
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=0)
+    assert all(block.attn.fused_attn == fused_attention for block in model.network.blocks)
+
+
+# Controls
+
+
+def test_controls_are_what_they_say():
+    model, images = toy(), torch.zeros(1, 3, 32, 32)
+    images[..., 16:] = 1
+    center, edges, uniform = (heatmaps(model, images, method=m, target=torch.tensor([0]))[0] for m in ("center", "edges", "uniform"))
+    torch.testing.assert_close(center, center.flip(0).T.contiguous())
+    assert center[15:17, 15:17].min() == 1 and center[0, 0] == 0 and (center[16, 16:].diff() <= 0).all()
+    assert edges[:, 15:17].min() > 0.9 and edges[:, :12].max() < 0.05 and edges[:, 20:].max() < 0.05
+    assert (uniform == 0).all()
+
+
+def test_a_smooth_random_field_is_smooth():
+    rough, smooth = (heatmaps(toy(), torch.rand(4, 3, 32, 32), method=m, target=torch.zeros(4, dtype=torch.long)) for m in ("random", "random_blur"))
+    step = lambda maps: float(maps.diff(dim=2).abs().mean() / maps.std())  # noqa: E731
+    assert step(smooth) < step(rough) / 5
+
+
+# The table
+
+
+def test_the_readme_shows_the_table():
+    readme = (home() / "README.md").read_text(encoding="utf-8")
+    assert f"{BEGIN}\n{attribution.markdown()}\n{END}" in readme and written_into(readme) == readme
+    assert written_into(f"a\n{BEGIN}\nold\n{END}\nb") == f"a\n{BEGIN}\n{attribution.markdown()}\n{END}\nb"
+    with pytest.raises(ValueError, match="marker"):
+        written_into("no marker")
+
+
+def test_captum_is_loaded_by_the_methods_that_need_it_alone():
+    code = "import sys, pa_core.attribution; print('captum' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=home())
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fill", "refused"), [("1,p,1", "mean", True), ("2", "mean", False), ("1,p,1", "none", False)]
+)
+def test_prepare_refuses_what_a_proxy_step_could_not_do(schedule, fill, refused):
+    experiment = Experiment(model="test_resnet", xai="chefer", schedule=schedule, fill=fill, image_size=28, device="cpu")
+    if refused:
+        with pytest.raises(ParameterError, match="xai = 'chefer'.*test_resnet.*allowed is one of gradcam"):
+            prepare(experiment)
+    else:
+        prepare(experiment)

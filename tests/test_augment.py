@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pa_core.data import augment
-from pa_core.data.augment import _rotate
+from pa_core.data import augment, mix
+from pa_core.data.augment import ERASE_AREA, ERASE_ASPECT, _rotate
 from pa_core.params import ParameterError
 
 KINDS = [
@@ -20,7 +20,10 @@ KINDS = [
     "flip,crop",
     "rotate,crop",
     "flip,rotate,crop",
+    "erase",
+    "flip,crop,erase",
 ]
+MIXES = ["mixup", "cutmix", "cutmix,mixup"]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -177,6 +180,121 @@ def test_the_order_of_the_names_does_not_matter():
     assert torch.equal(one, other)
 
 
+def test_what_is_drawn_for_flip_rotate_and_crop_stays_what_it_was():
+    """A run's images are part of its result; the numbers were taken when only these three kinds existed."""
+    images = torch.randint(0, 256, (16, 3, 16, 16), generator=generator(3)).to(torch.uint8)
+    weights = torch.arange(images.numel(), dtype=torch.long).view_as(images) % 1009
+    sums = [
+        int((augment(images, kinds=kinds, generator=generator(7)).long() * weights).sum())
+        for kinds in ("flip", "crop", "flip,crop")
+    ]
+    assert sums == [785520799, 784736952, 788672507]
+    angles = (torch.rand(16, generator=generator(7)) * 2 - 1) * 15
+    assert torch.equal(augment(images, kinds="rotate", generator=generator(7)), _rotate(images, angles))
+
+
+def erased(n: int = 3000, size: int = 32) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Images [n, 1, S, S] of a value that noise never has, erased, and height and width of each rectangle."""
+    out = augment(torch.full((n, 1, size, size), 2.0), kinds="erase", generator=generator())
+    gone = out[:, 0] != 2
+    sides = [(int(g.any(1).sum()), int(g.any(0).sum())) for g in gone if g.any()]
+    return out, sides
+
+
+def test_erase_takes_a_rectangle_of_every_second_image():
+    out, sides = erased()
+    assert 0.46 < len(sides) / len(out) < 0.54
+    shares = torch.tensor([h * w / 32**2 for h, w in sides])
+    assert shares.min() > 0.01 and shares.max() < 0.45
+    assert shares.mean() == pytest.approx(sum(ERASE_AREA) / 2, abs=0.01)
+    ratio = torch.tensor([h / w for h, w in sides if h * w > 100]).log()
+    assert ratio.abs().max() < -torch.tensor(ERASE_ASPECT).log() + 0.35  # whole pixels
+    assert ratio.mean().abs() < 0.05 and ratio.std() > 0.4  # neither upright nor lying is preferred, and both occur
+
+
+def test_erased_rectangles_lie_anywhere_and_hold_noise():
+    out, _ = erased()
+    gone = (out[:, 0] != 2).float().mean(0)
+    assert gone.min() > 0  # the corners, too
+    assert (gone - gone.flip(0)).abs().max() < 0.03 and (gone - gone.flip(1)).abs().max() < 0.03
+    noise = out[out != 2]
+    assert noise.min() >= 0 and noise.mean() == pytest.approx(0.5, abs=0.05) and noise.std() == pytest.approx(12**-0.5, abs=0.03)
+    pixels = augment(torch.full((40, 3, 32, 32), 255, dtype=torch.uint8), kinds="erase", generator=generator())
+    assert pixels.dtype == torch.uint8 and len(pixels[pixels != 255].unique()) > 200
+
+
+def numbered(n: int = 400, size: int = 16) -> torch.Tensor:
+    """float32 [n, 1, S, S]: every pixel of image i is i / n."""
+    return (torch.arange(n) / n).view(n, 1, 1, 1).expand(n, 1, size, size)
+
+
+def test_mixup_blends_each_image_with_a_partner_of_its_own():
+    images = numbered()
+    out, mixing = mix(images, kinds="mixup", generator=generator())
+    share = mixing.share.view(-1, 1, 1, 1)
+    assert torch.allclose(out, share * images + (1 - share) * images[mixing.partner], atol=1e-6)
+    assert sorted(mixing.partner.tolist()) == list(range(400))
+    assert len(mixing.share.unique()) > 390 and mixing.share.mean() == pytest.approx(0.5, abs=0.05)
+    assert mixing.share.std() == pytest.approx(12**-0.5, abs=0.03)  # even, Beta(1, 1)
+
+
+def test_cutmix_shows_the_partner_in_a_rectangle_and_counts_its_pixels():
+    images = numbered(size=32)
+    out, mixing = mix(images, kinds="cutmix", generator=generator())
+    for i, image in enumerate(out[:, 0]):
+        own, other = image == images[i, 0], image == images[mixing.partner[i], 0]
+        assert (own | other).all()
+        if mixing.partner[i] != i:
+            assert mixing.share[i] == own.float().mean()
+            rows, columns = (~own).any(1), (~own).any(0)
+            assert (~own).sum() == rows.sum() * columns.sum()  # one rectangle: full where its rows and columns meet
+            assert (rows.int().diff().abs().sum() <= 2) and (columns.int().diff().abs().sum() <= 2)
+    assert len(mixing.share.unique()) > 100
+
+
+def test_cutmix_and_mixup_together_take_turns():
+    images = numbered()
+    out, mixing = mix(images, kinds="cutmix,mixup", generator=generator())
+    flat = (out == out[:, :, :1, :1]).flatten(1).all(1)  # mixup leaves these images of one colour; cutmix hardly ever
+    assert 0.4 < flat.float().mean() < 0.6
+    mean = out.mean((1, 2, 3))
+    expected = mixing.share * images[:, 0, 0, 0] + (1 - mixing.share) * images[mixing.partner, 0, 0, 0]
+    assert torch.allclose(mean, expected, atol=1e-5)  # what an image shows is what its label says
+
+
+def test_soft_labels_by_hand():
+    from pa_core.data import Mixing
+
+    mixing = Mixing(partner=torch.tensor([1, 0, 2]), share=torch.tensor([0.75, 0.5, 0.25]))
+    soft = mixing.targets(torch.tensor([0, 2, 1]), classes=4)
+    assert soft.tolist() == [[0.75, 0, 0.25, 0], [0.5, 0, 0.5, 0], [0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("kinds", MIXES)
+def test_mixing_keeps_dtype_and_input_and_is_the_same_for_the_same_seed(kinds):
+    images = torch.randint(0, 256, (32, 3, 16, 16), generator=generator(3)).to(torch.uint8)
+    before = images.clone()
+    (one, a), (two, b), (other, _) = (mix(images, kinds=kinds, generator=generator(s)) for s in (0, 0, 1))
+    assert one.dtype == torch.uint8 and torch.equal(images, before)
+    assert torch.equal(one, two) and torch.equal(a.share, b.share) and torch.equal(a.partner, b.partner)
+    assert not torch.equal(one, other) and not torch.equal(one, images)
+    as_float, _ = mix(images.float() / 255, kinds=kinds, generator=generator(0))
+    assert (as_float * 255 - one).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("kinds", ["none", "flip", "rotate,crop,erase"])
+def test_without_mixup_and_cutmix_nothing_is_mixed_or_drawn(kinds):
+    images, draws = picture(), generator()
+    mixed, mixing = mix(images, kinds=kinds, generator=draws)
+    assert mixed is images and mixing is None and torch.equal(draws.get_state(), generator().get_state())
+
+
+def test_mixing_is_not_the_business_of_augment():
+    images, draws = picture(), generator()
+    assert augment(images, kinds="cutmix,mixup", generator=draws) is images
+    assert torch.equal(draws.get_state(), generator().get_state())
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(
         ParameterError, match=r"augment = 'flip,crap' is refused: .*did you mean 'crop'"
@@ -194,3 +312,13 @@ def test_a_gpu_sees_the_same_images(kinds):
         assert (here.int() - there.int()).abs().max() <= 1
     else:
         assert torch.equal(here, there)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kinds", MIXES)
+def test_a_gpu_mixes_the_same_images(kinds):
+    images = torch.randint(0, 256, (64, 3, 32, 32), generator=generator(3)).to(torch.uint8)
+    here, mixing = mix(images, kinds=kinds, generator=generator())
+    there, again = mix(images.cuda(), kinds=kinds, generator=generator())
+    assert (here.int() - there.cpu().int()).abs().max() <= ("mixup" in kinds)
+    assert torch.equal(mixing.partner, again.partner.cpu()) and torch.equal(mixing.share, again.share.cpu())

@@ -40,6 +40,7 @@ def spy(monkeypatch):
     class Spy:
         def __init__(self, source):
             self.source, self.labels, self.seen = source, source.labels, []
+            self.shape, self.resident = source.shape, source.resident
 
         def __len__(self):
             return len(self.source)

@@ -14,6 +14,9 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from pa_core.models import Classifier
 from pa_core.params import derived_seed
 
+AT_ONCE = 64
+"""Variants of the images that a method with many passes has in memory at once; more only where the batch itself is larger."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:

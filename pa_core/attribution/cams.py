@@ -13,11 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pa_core.attribution.base import Request, resize, score
+from pa_core.attribution.base import AT_ONCE, Request, resize, score
 from pa_core.models import Classifier
-
-SCORED_AT_ONCE = 64
-"""Masked images that scorecam has in memory at once; more only where the batch itself is larger."""
 
 Evidence = Callable[[Tensor, Tensor], Tensor]
 
@@ -45,10 +42,14 @@ def hirescam(A: Tensor, g: Tensor) -> Tensor:
 
 
 def xgradcam(A: Tensor, g: Tensor) -> Tensor:
-    """w_k A_k, with w_k = sum(g_k A_k) / sum(A_k) over the places (Fu et al. 2020, eq. 8). Where sum(A_k) is 0, w_k is 0."""
-    total = A.sum((2, 3), keepdim=True)
-    weight = torch.where(total != 0, (g * A).sum((2, 3), keepdim=True) / torch.where(total != 0, total, 1), 0)
-    return weight * A
+    """w_k A_k, with w_k = sum(g_k A_k) / sum(A_k) over the places (Fu et al. 2020, eq. 8).
+
+    Written as the mean of g_k plus sum((g_k - mean) A_k) / sum(A_k), which is the same, and exact where the head averages
+    over the places (g_k is constant), however near to 0 the sum of signed activations is. At 0 the mean remains.
+    """
+    mean, total = g.mean((2, 3), keepdim=True), A.sum((2, 3), keepdim=True)
+    rest = ((g - mean) * A).sum((2, 3), keepdim=True)
+    return (mean + torch.where(total != 0, rest / torch.where(total != 0, total, 1), 0)) * A
 
 
 def layercam(A: Tensor, g: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def scorecam(request: Request) -> Tensor:
     """relu(sum of w_k A_k), w the softmax over the channels of the logits of images masked by A_k (Wang et al. 2020).
 
     Each channel is resized to the image, scaled to [0, 1] (eq. 7 and 8) and multiplied with the pixels; the softmax
-    over the channels is as in the paper's algorithm, where the score of the baseline image cancels. Two deviations:
+    over the channels is as in the paper's algorithm, where the score of the baseline image cancels. Deviations:
     masked pixels become black, not the mean colour, since models take pixels in [0, 1]; and a channel without any
     variation masks all. It costs a forward pass per channel and image, at most 64 masked images at once.
     """
@@ -124,7 +125,7 @@ def scorecam(request: Request) -> Tensor:
         n, channels = A.shape[:2]
         scores = [
             _masked_scores(model, images, A[:, some], target)
-            for some in torch.arange(channels, device=A.device).split(max(SCORED_AT_ONCE // n, 1))
+            for some in torch.arange(channels, device=A.device).split(max(AT_ONCE // n, 1))
         ]
         weights = torch.cat(scores, 1).softmax(1)
         return resize((weights[..., None, None] * A).sum(1).relu(), images.shape[-1])

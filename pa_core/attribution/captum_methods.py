@@ -6,14 +6,17 @@ Captum is loaded by the first method that needs it: class activation maps and co
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pa_core.attribution.base import Request, as_found, resize
+from pa_core.attribution.base import AT_ONCE, Request, as_found, resize
 from pa_core.attribution.cams import cam_grids, gradcam
 from pa_core.models import Classifier
 from pa_core.params import derived_seed
@@ -63,12 +66,12 @@ def input_x_gradient(request: Request) -> Tensor:
 def integrated_gradients(request: Request) -> Tensor:
     """|sum over the colours of the integrated gradients| from a black image (Sundararajan et al. 2017, eq. 1).
 
-    32 Gauss-Legendre nodes, one after the other for the whole batch.
+    32 Gauss-Legendre nodes, a few at a time, so that memory does not grow with them.
     """
     from captum.attr import IntegratedGradients
 
-    method, batch = IntegratedGradients(request.model), len(request.images)
-    return _share(_attribute(method, request, n_steps=INTEGRATION_STEPS, internal_batch_size=batch))
+    method, at_once = IntegratedGradients(request.model), max(AT_ONCE, len(request.images))
+    return _share(_attribute(method, request, n_steps=INTEGRATION_STEPS, internal_batch_size=at_once))
 
 
 def smoothgrad(request: Request) -> Tensor:
@@ -133,6 +136,7 @@ def occlusion(request: Request) -> Tensor:
             sliding_window_shapes=(3, window, window),
             strides=(3, stride, stride),
             baselines=0.5,
+            perturbations_per_eval=max(AT_ONCE // len(request.images), 1),
         )
     return found.sum(1)
 
@@ -162,9 +166,58 @@ def guided_gradcam(request: Request) -> Tensor:
 
 def deeplift(request: Request) -> Tensor:
     """|sum over the colours of the contributions| against a black image, by the rescale rule (Shrikumar et al. 2017)."""
+    return _share(deeplift_contributions(request))
+
+
+def deeplift_contributions(request: Request) -> Tensor:
+    """[N, 3, S, S], whose sum per image is the explained logit less that of the black image."""
     from captum.attr import DeepLift
 
-    return _share(_attribute(DeepLift(request.model), request))
+    with _apart(request.model):
+        return _attribute(DeepLift(request.model), request)
+
+
+@contextmanager
+def _apart(model: nn.Module) -> Iterator[None]:
+    """Two things without which Captum's DeepLift does not add up to the logit; the model computes the same as before.
+
+    Captum hooks tensors. Where a max pool reads an activation's output directly, both hook one tensor, and the activation
+    sees the gradient from before the pool's rule: so each hooked module reads a copy. And Captum's rule for max pools
+    overwrites where windows overlap: so overlapping windows are laid out side by side first.
+    """
+    handles, pools = [], []
+    try:
+        for module in model.modules():
+            if type(module) not in _ruled_by_deeplift():
+                continue
+            read = torch.clone
+            if _overlaps(module):
+                pools.append((module, module.stride, module.padding))
+                read = partial(_side_by_side, kernel=_pair(module.kernel_size), stride=_pair(module.stride), padding=_pair(module.padding))
+                module.stride, module.padding = module.kernel_size, 0
+            handles.append(module.register_forward_pre_hook(lambda _module, inputs, read=read: (read(inputs[0]),)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, stride, padding in pools:
+            module.stride, module.padding = stride, padding
+
+
+def _side_by_side(x: Tensor, *, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """The windows of a pool as tiles, [N, C, H, W] -> [N, C, rows * kernel, columns * kernel]."""
+    (down, across), lowest = padding, torch.finfo(x.dtype).min
+    x = F.pad(x, (across, across, down, down), value=lowest)  # a pool's padding is never its maximum
+    windows = x.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])  # [N, C, rows, columns, *kernel]
+    return windows.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _overlaps(module: nn.Module) -> bool:
+    return type(module) is nn.MaxPool2d and _pair(module.stride) != _pair(module.kernel_size)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 # Which networks these rules reach. Elsewhere they would silently be plain gradients.
@@ -179,19 +232,34 @@ _PASSED_ON = frozenset("MaxPool2DWithIndices AdaptiveMaxPool2D NativeLayerNorm N
 
 
 def refuse_guided(model: Classifier) -> str | None:
-    """Why guided_backprop and deconvolution cannot explain a model: an activation that is no nn.ReLU module."""
-    nodes, hooked, _ = _graph(model, lambda module: isinstance(module, nn.ReLU))
+    """Why guided_backprop cannot explain a model: an activation that is no nn.ReLU module."""
+    nodes, hooked, _ = _graph(model, nn.ReLU)
     return _foreign(nodes, hooked, allowed=_LINEAR | _PASSED_ON, hooks="nn.ReLU modules")
+
+
+def refuse_deconvolution(model: Classifier) -> str | None:
+    """As for guided_backprop; nor may a module be used twice, since Captum keeps one gradient per module."""
+    _, _, reused = _graph(model, nn.ReLU)
+    return _reused(model, reused) or refuse_guided(model)
 
 
 def refuse_deeplift(model: Classifier) -> str | None:
     """Why deeplift cannot explain a model: an operation without a rule, or a module that is used twice."""
+    nodes, hooked, reused = _graph(model, _ruled_by_deeplift())
+    if any(_overlaps(module) and (module.ceil_mode or _pair(module.dilation) != (1, 1)) for module in model.modules()):
+        return f"it has no rule for max pools with ceil_mode or dilation, and {model.name} has one"
+    foreign = _foreign(nodes, hooked, allowed=_LINEAR, hooks="activations and max pools that are modules")
+    return _reused(model, reused) or foreign
+
+
+def _reused(model: Classifier, module: str | None) -> str | None:
+    return module and f"it needs every activation to be a module of its own, and {module} of {model.name} is used more than once"
+
+
+def _ruled_by_deeplift() -> tuple[type[nn.Module], ...]:
     from captum.attr._core.deep_lift import SUPPORTED_NON_LINEAR
 
-    nodes, hooked, reused = _graph(model, lambda module: type(module) in SUPPORTED_NON_LINEAR)
-    if reused:
-        return f"it needs every activation to be a module of its own, and {reused} of {model.name} is used more than once"
-    return _foreign(nodes, hooked, allowed=_LINEAR, hooks="activations and max pools that are modules")
+    return tuple(SUPPORTED_NON_LINEAR)
 
 
 def _foreign(nodes: list[Any], hooked: set[Any], *, allowed: frozenset[str], hooks: str) -> str | None:
@@ -208,8 +276,8 @@ def _foreign(nodes: list[Any], hooked: set[Any], *, allowed: frozenset[str], hoo
     return None
 
 
-def _graph(model: Classifier, hookable: Callable[[nn.Module], bool]) -> tuple[list[Any], set[Any], str | None]:
-    """Autograd nodes between the pixels and the logits; those that hookable modules made; a hookable module called twice.
+def _graph(model: Classifier, kinds: type | tuple[type, ...]) -> tuple[list[Any], set[Any], str | None]:
+    """Autograd nodes between the pixels and the logits; those that modules of these kinds made; one of them called twice.
 
     Parameters are detached, so that a node's inputs are those that depend on the pixels.
     """
@@ -223,7 +291,7 @@ def _graph(model: Classifier, hookable: Callable[[nn.Module], bool]) -> tuple[li
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if hookable(module)]
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if isinstance(module, kinds)]
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     try:
         with as_found(model), torch.enable_grad():

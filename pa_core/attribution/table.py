@@ -92,7 +92,7 @@ METHODS: dict[str, Method] = {
         compute=captum_methods.deconvolution,
         cost=_GRADIENT,
         about="deconvolution (Zeiler & Fergus 2014), Captum; networks of `nn.ReLU` modules",
-        refuse=captum_methods.refuse_guided,
+        refuse=captum_methods.refuse_deconvolution,
     ),
     "guided_gradcam": Method(
         compute=captum_methods.guided_gradcam,

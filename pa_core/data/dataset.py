@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from pa_core.data.sources import Source
 from pa_core.params import COERCE, ParameterError
 
 SHOWN = 5
+COPIED = 1024
+"""Images that are moved to a device at once."""
 
 
 class Counter:
@@ -37,6 +39,7 @@ class Part:
         sizes: int64 [N, 2], height and width of the original images.
         store: uint8 [M, 3, S, S], read-only, of the whole dataset; use :meth:`read`.
         rows: int64 [N], where this part's images are in the store.
+        images: None, or uint8 [N + room, 3, S, S] on a device, see :meth:`on`.
     """
 
     name: str
@@ -46,6 +49,17 @@ class Part:
     store: np.ndarray
     rows: np.ndarray
     counter: Counter = field(default_factory=Counter)
+    images: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, S, S)."""
+        return self.store.shape[1:]
+
+    @property
+    def resident(self) -> torch.device | None:
+        """The device that holds the images; None when each is read from the store."""
+        return None if self.images is None else self.images.device
 
     @property
     def reads(self) -> int:
@@ -58,6 +72,17 @@ class Part:
     def __repr__(self) -> str:
         return f"Part({self.name!r}, {len(self)} images)"
 
+    def on(self, device: torch.device, *, room: int = 0) -> Part:
+        """This part with all its images on a device, where reading is one gather; they are read once for it.
+
+        Args:
+            room: rows left behind the images, uninitialised, for the proxies of an overlay.
+        """
+        images = torch.empty((len(self) + room, *self.shape), dtype=torch.uint8, device=device)
+        for index in torch.arange(len(self)).split(COPIED):
+            images[index[0] : index[-1] + 1] = self.read(index)
+        return replace(self, images=images)
+
     def read(self, index: Tensor) -> Tensor:
         """The images of the given positions, in that order.
 
@@ -65,17 +90,17 @@ class Part:
             index: int64 [n], each from 0 to N - 1; on any device.
 
         Returns:
-            uint8 [n, 3, S, S] on the CPU, a copy.
+            uint8 [n, 3, S, S], a copy; on the part's device, on the CPU when they are in the store.
 
         Raises:
-            IndexError: a position is out of range.
+            IndexError: a position is out of range. One that lies on a GPU is not looked at: that would wait for it.
         """
-        positions = index.cpu().numpy()
-        if positions.ndim != 1 or (len(positions) and positions.min() < 0):
+        if index.ndim != 1 or (index.device.type == "cpu" and len(index) and not 0 <= index.min() <= index.max() < len(self)):
             raise IndexError(f"positions are a list of numbers from 0 to {len(self) - 1}")
-        images = torch.from_numpy(self.store[self.rows[positions]])
-        self.counter.images += len(images)
-        return images
+        self.counter.images += len(index)
+        if self.images is not None:
+            return self.images.index_select(0, store.send(index, self.images.device))
+        return torch.from_numpy(self.store[self.rows[index.cpu().numpy()]])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

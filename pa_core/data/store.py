@@ -1,4 +1,4 @@
-"""Images decoded once: uint8 [N, 3, S, S] in a file of the data home, mapped into memory.
+"""Images decoded once: uint8 [N, 3, S, S] in a file of the data home, mapped into memory; and where a run keeps them.
 
 The file's name is made of what is in it (the digests of the images, in order, and the size), so
 that it is found again wherever the images lie, and never used for others. It is written under
@@ -16,10 +16,14 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
+import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from pa_core.data import decode, workers
 from pa_core.params import ParameterError, data_home
@@ -162,3 +166,70 @@ def atomic_write(path: Path, content: bytes) -> None:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+# Where a run keeps its images
+
+HEADROOM = 0.5
+"""Of the memory that is free the images may take this share; the rest is for the network and its activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the training and validation images are kept during a run.
+
+    Attributes:
+        store: ``device`` (in its memory; in RAM on a CPU) or ``mapped`` (in their file, read ahead by threads).
+        bytes: what they take, with the room for proxies.
+        free_bytes: what was free on the device before.
+    """
+
+    store: str
+    bytes: int
+    free_bytes: int
+
+
+def place(store: str, *, needed: int, device: torch.device) -> Placement:
+    """Resolve the parameter ``store`` by what the images need and what is free on the device.
+
+    Args:
+        store: ``device``, ``mapped``, or ``auto``: the device when the images fit.
+        needed: bytes.
+
+    Raises:
+        ParameterError: ``device`` is asked for and they do not fit.
+    """
+    free = free_memory(device)
+    fits = needed <= HEADROOM * free
+    if store == "device" and not fits:
+        sizes = f"the images take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {device}"
+        raise ParameterError("store", store, f"{sizes}, half of which stays free for the network; allowed is auto or mapped")
+    if store == "auto":
+        store = "device" if fits else "mapped"
+    return Placement(store=store, bytes=needed, free_bytes=free)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process may still take on the device, as its driver or the operating system says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min(psutil.virtual_memory().available, _container_memory())
+
+
+def _container_memory() -> float:
+    """What the control group (version 2) of a container leaves; infinite without a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:  # another system, or no container
+        return float("inf")
+    return float("inf") if limit == "max" else int(limit) - int(used)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the host does not wait for a copy to CUDA, which goes through pinned memory."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,80 @@
+"""One figure of all tables in figures/bench: ``python -m tests.bench.figure``. A panel per table, a bar per contender."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+
+from tests.bench import harness
+
+COLUMNS = {"benchmark", "contender", "device", "value", "unit", "reference", "ratio"}
+OURS, REFERENCE, OTHER = "#0072b2", "#999999", "#e69f00"
+
+
+def main() -> None:
+    print(draw(harness.FOLDER))
+
+
+def draw(folder: Path) -> Path:
+    """Draw every table with the harness's columns into ``folder/speed.png`` and ``.svg``."""
+    tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
+    tables = {name: table for name, table in tables.items() if COLUMNS <= set(table.columns)}
+    heights = [lines(table) for table in tables.values()]
+    # two columns of about equal length
+    columns: list[list[str]] = [[], []]
+    filled = [0, 0]
+    for name, height in sorted(zip(tables, heights, strict=True), key=lambda pair: -pair[1]):
+        shorter = filled.index(min(filled))
+        columns[shorter].append(name)
+        filled[shorter] += height + 4
+    figure = plt.figure(figsize=(15, 0.24 * max(filled) + 0.6), layout="constrained")
+    for half, names in zip(figure.subfigures(1, 2), columns, strict=True):
+        if names:
+            axes = half.subplots(len(names), 1, height_ratios=[lines(tables[name]) + 2 for name in names], squeeze=False)
+            for axis, name in zip(axes[:, 0], names, strict=True):
+                panel(axis, name, tables[name])
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"speed.{suffix}", dpi=110)
+    plt.close(figure)
+    return folder / "speed.png"
+
+
+def lines(table: pd.DataFrame) -> int:
+    """Bars, and a heading for each benchmark."""
+    return len(table) + table["benchmark"].nunique()
+
+
+def panel(axis: Axes, name: str, table: pd.DataFrame) -> None:
+    """Ratios to the reference as bars, the values beside them."""
+    y, ticks, labels = 0, [], []
+    most = table["ratio"].max()
+    for benchmark, rows in table.groupby("benchmark", sort=False):
+        axis.text(0, y, benchmark, va="center", ha="left", fontsize=8, fontweight="bold")
+        y += 1
+        for _, row in rows.iterrows():
+            colour = REFERENCE if row["contender"] == row["reference"] else OURS if harness.OURS in row["contender"] else OTHER
+            axis.barh(y, row["ratio"], color=colour, height=0.75)
+            text = f" {row['ratio']:.2f}   {row['value']:,.4g} {row['unit']}"
+            axis.text(row["ratio"], y, text, va="center", fontsize=7.5)
+            ticks.append(y)
+            labels.append(row["contender"])
+            y += 1
+    axis.set_yticks(ticks, labels, fontsize=7.5)
+    axis.set_ylim(y - 0.4, -0.6)
+    axis.set_xlim(0, most * 1.45)
+    axis.axvline(1, color="black", linewidth=0.6, linestyle=":")
+    axis.tick_params(axis="x", labelsize=7.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    device, threads = table["device"].iloc[0], table["threads"].iloc[0]
+    axis.set_title(f"{name.rsplit('_', 1)[0]}: {device}, {threads} threads", fontsize=9.5, loc="left")
+    axis.set_xlabel("ratio to the reference (grey)", fontsize=7.5)
+
+
+if __name__ == "__main__":
+    main()
