@@ -471,18 +471,17 @@ def decomposition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Args:
         table: of `statistics.decompose`, or a committed study_X_decomposition.csv.
     """
-    arms = list(dict.fromkeys(zip(table["dataset"], table["model"], table["arm"], strict=True)))
+    arms = [(key, rows.set_index("component")) for key, rows in table.groupby(["dataset", "model", "arm"], sort=False)]
     colours = {"leak": RED, "extra data": ORANGE, "masking": BLUE, "total": GREY}
     figure, ((ax,),) = _new(1, 1, width=7.2, height=0.85 * len(arms) + 1.3)
-    for i, key in enumerate(arms):
-        rows = table[(table[["dataset", "model", "arm"]] == key).all(axis=1)].set_index("component")
+    for i, (_, rows) in enumerate(arms):
         for k, (name, colour) in enumerate(colours.items()):
             row, place = rows.loc[name], len(arms) - i - 0.2 * k
             ax.barh(place, 100 * row["mean"], height=0.18, color=colour, label=name if i == 0 else None)
             ax.plot([100 * row["low"], 100 * row["high"]], [place, place], color="black", lw=0.9)
-    names = {dataset for dataset, _, _ in arms}
-    labels = [(f"{dataset}, " if len(names) > 1 else "") + arm for dataset, _, arm in arms]
-    counts = [int(table[(table[["dataset", "model", "arm"]] == key).all(axis=1)]["n"].iloc[0]) for key in arms]
+    several = table["dataset"].nunique() > 1
+    labels = [f"{dataset}, {arm}" if several else arm for (dataset, _, arm), _ in arms]
+    counts = [rows["n"].iloc[0] for _, rows in arms]
     ax.set_yticks([len(arms) - i - 0.3 for i in range(len(arms))], [f"{_short(t, 40)}  (n = {n})" for t, n in zip(labels, counts, strict=True)])
     ax.axvline(0, color=GREY, lw=0.8)
     ax.set_xlabel("reported minus honest accuracy, in points, with 95 % intervals")

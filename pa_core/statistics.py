@@ -19,10 +19,13 @@ from pa_core.params import ParameterError, nearest
 
 FEWEST_FOR_P = 10
 """Pairs below which no p-value is given: with 5 the smallest possible one is 0.06."""
+FEWEST_FOR_VERDICT = 5
+"""Pairs below which nothing is said in words: two that happen to agree would have an interval of no width."""
 MOST_FOR_P = 24
 """Pairs above which not all sign flips are looked at any more: 2^24 sums are 128 MB."""
 MARGIN = 0.005
 """Half a percentage point: a difference smaller than this is called none."""
+TOO_FEW = "too few pairs"
 
 RUN_COLUMNS = ("study", "dataset", "model", "arm", "seed", "metric", "value", "digest")
 COLUMNS = (
@@ -84,7 +87,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 def verdict(low: float, high: float, *, margin: float = MARGIN) -> str:
     """What an interval allows to say. ``no effect`` only of one that lies within the margin and does not exclude 0."""
     if np.isnan(low) or np.isnan(high):
-        return "too few pairs"
+        return TOO_FEW
     small = -margin <= low and high <= margin
     if low > 0 or high < 0:
         return ("higher" if low > 0 else "lower") + (", by less than half a point" if small else "")
@@ -125,7 +128,7 @@ def compare(runs: pd.DataFrame, *, reference: str, declared: Iterable[Contrast] 
     Returns:
         A row per dataset, model, metric and (arm, against), with COLUMNS. n, mean and sd (with n - 1) are the arm's over the
         seeds that both have; difference, low and high those of the pairs. The first row of each group is the reference
-        itself, over all its seeds, without a difference.
+        itself, over all its seeds, without a difference. Metrics that are no accuracies have neither p-value nor verdict.
     """
     runs, declared = checked(runs), list(declared)
     known = list(dict.fromkeys(runs["arm"]))
@@ -140,7 +143,8 @@ def compare(runs: pd.DataFrame, *, reference: str, declared: Iterable[Contrast] 
         common = dict(zip(("study", "dataset", "model", "metric"), key, strict=True))
         if reference in values:
             rows.append(common | {"arm": reference, "declared": False} | _spread(values[reference]))
-        rows += [common | _row(values[c.arm], values.get(c.against), c, is_declared) for c, is_declared in wanted.items()]
+        judged = key[3].endswith("accuracy")
+        rows += [common | _row(values[c.arm], values.get(c.against), c, is_declared, judged) for c, is_declared in wanted.items()]
     table = pd.DataFrame(rows, columns=COLUMNS)
     family = table["declared"].astype(bool)
     table["p_holm"] = np.nan
@@ -152,16 +156,17 @@ def _spread(values: pd.Series) -> dict[str, Any]:
     return {"n": len(values), "mean": values.mean(), "sd": values.std(ddof=1)}
 
 
-def _row(arm: pd.Series, against: pd.Series | None, contrast: Contrast, declared: bool) -> dict[str, Any]:
+def _row(arm: pd.Series, against: pd.Series | None, contrast: Contrast, declared: bool, judged: bool) -> dict[str, Any]:
     both = arm.index.intersection(against.index, sort=None) if against is not None else arm.index[:0]
     row = {"arm": contrast.arm, "against": contrast.against, "declared": declared} | _spread(arm[both])
     if len(both) == 0:
-        return row | {"verdict": "too few pairs"}
+        return row
     d = (arm[both] - against[both]).to_numpy()
     difference, low, high = interval(d)
-    p = sign_flip(d) if len(d) <= MOST_FOR_P else np.nan
-    row |= {"difference": difference, "low": low, "high": high, "p_value": p, "p_superior": superiority(d)}
-    return row | {"verdict": verdict(low, high)}
+    row |= {"difference": difference, "low": low, "high": high, "p_superior": superiority(d)}
+    if judged:
+        row |= {"p_value": sign_flip(d) if len(d) <= MOST_FOR_P else np.nan, "verdict": verdict(low, high) if len(d) >= FEWEST_FOR_VERDICT else TOO_FEW}
+    return row
 
 
 def checked(runs: pd.DataFrame) -> pd.DataFrame:

@@ -127,7 +127,7 @@ def test_a_table_by_hand():
     assert masked["mean"] == pytest.approx(0.62) and masked["difference"] == pytest.approx(0.02)
     half = 4.302653 * 0.01 / 3**0.5  # t(0.975, 2) from the table
     assert (masked["low"], masked["high"]) == pytest.approx((0.02 - half, 0.02 + half), abs=1e-7)
-    assert np.isnan(masked["p_value"]) and masked["p_superior"] == 1 and masked["verdict"] == "undecided"
+    assert np.isnan(masked["p_value"]) and masked["p_superior"] == 1 and masked["verdict"] == "too few pairs"
 
 
 def test_only_declared_contrasts_are_adjusted_and_over_all_datasets():

@@ -39,17 +39,22 @@ def center(request: Request) -> Tensor:
 def rectangle(request: Request) -> Tensor:
     """Rectangles one inside the other, so that every quantile masks one: random erasing with the dose of the other masks.
 
-    The centre is drawn evenly from the image, the aspect ratio (height : width) from 0.3 to 1 / 0.3 on a log scale, as in Zhong et
-    al. 2020; both are seeded per image id. Where the border cuts a rectangle off, it grows on the other sides.
+    As in Zhong et al. 2020 each lies within the image, at every place with the same probability, and its aspect ratio (height :
+    width) is drawn from 0.3 to 1 / 0.3, here on a log scale; both are seeded per image id.
     """
     size, maps = request.images.shape[-1], []
-    at = torch.arange(size) + 0.5
     for name in request.ids:
         y, x, ratio = torch.rand(3, generator=generator(request.seed, "rectangle", name))
         stretch = ASPECT ** (0.5 - ratio)  # square root of the aspect ratio
-        far_y, far_x = (at - y * size).abs() / stretch, (at - x * size).abs() * stretch
-        maps.append(-torch.maximum(far_y[:, None], far_x[None, :]))
+        height, width = _reach(y, size) / stretch, _reach(x, size) * stretch
+        maps.append(-torch.maximum(height[:, None], width[None, :]))
     return torch.stack(maps).to(request.images.device)
+
+
+def _reach(place: Tensor, size: int) -> Tensor:
+    """[size]: how long the interval ``place * (size - length) + [0, length]`` must be to hold each pixel's middle."""
+    at = torch.arange(size) + 0.5
+    return torch.where(at < place * size, size - at / place, (at - place * size) / (1 - place))
 
 
 def edges(request: Request) -> Tensor:
