@@ -94,7 +94,7 @@ def _rows(home: Path) -> list[list[Any]]:
     index, now = _read_index(home), time.time()
     entries, changed = {}, False
     for name in sorted(_directories(home)):
-        stamp = _stamp(home / name)
+        stamp = _stamp(f"{home}/{name}")
         if stamp is None:
             continue
         entry = index.get(name)
@@ -116,7 +116,7 @@ def _directories(home: Path) -> list[str]:
         return [entry.name for entry in found if not entry.name.startswith(".") and entry.is_dir()]
 
 
-def _stamp(path: Path) -> list[int] | None:
+def _stamp(path: str) -> list[int] | None:
     """What changes when manifest or summary are replaced; None for a folder without a manifest."""
     stamp = []
     for name in ("manifest.json", "summary.json"):
@@ -323,10 +323,11 @@ def open_run(name: str, runs_dir: str = "runs") -> Run:
     return Run.load(runs_home(runs_dir) / Path(name))
 
 
-def command(notebook: str, runs_dir: str = "runs", run_name: str | None = None) -> str:
+def command(notebook: str, runs_dir: str = "runs", run_name: str | None = None, images: str | None = None) -> str:
     """The papermill command that draws the analysis again."""
     options = [f"-p runs_dir {shlex.quote(runs_dir)}"] if runs_dir != "runs" else []
     options += [f"-p run_name {shlex.quote(run_name)}"] if run_name else []
+    options += [f"-p images {shlex.quote(str(images))}"] if images else []
     return " ".join([f"papermill notebooks/{notebook}.ipynb {notebook}.out.ipynb", *options])
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import itertools
 import json
 import logging
@@ -764,6 +765,8 @@ def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _
     """Give the jobs out and note in ``states`` how each ends."""
     from distributed import as_completed
 
+    import pa_core.experiment  # noqa: F401, loads torch now: look-ups between runs are quick then, and so is Ctrl-C
+
     expected = estimate(sweep, todo, workers=pool.count)
     log(
         f"{pool.count} at a time with {_many(pool.threads, 'thread')} each" + (f", a GPU each of {', '.join(pool.gpus)}" if pool.gpus else "") + "; "
@@ -886,6 +889,4 @@ def positive(text: str) -> int:
 
 if __name__ == "__main__":
     # Through the module's own name: what travels to workers must not belong to __main__, which they do not have.
-    from pa_core.sweep import main as _main
-
-    sys.exit(_main())
+    sys.exit(importlib.import_module("pa_core.sweep").main())

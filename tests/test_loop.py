@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from pa_core import data, experiment, masking, schedule, train
+from pa_core.models import Cam
 from pa_core.params import Experiment
 from pa_core.proxy import Overlay, donors, proxy_step
 from pa_core.runs import Run
@@ -278,16 +279,29 @@ def test_fewer_proxies_when_fewer_qualify_and_it_is_said(tmp_path):
     assert any("160 asked for" in line for line in lines)
 
 
+class Answers(torch.nn.Module):
+    """A classifier whose logits for the first images are given."""
+
+    cam = Cam(layer="none", layout="NCHW", grid=(4, 4))
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, images):
+        return self.logits[: len(images)]
+
+    def forward_cam(self, images):
+        activations = torch.rand(len(images), 1, 4, 4).requires_grad_()
+        return activations, self(images) + activations.mean((2, 3))
+
+
 def test_nothing_selected_is_no_error(tmp_path):
     """Every image right: `misclassified` selects none, and the run goes on with the originals."""
     part = experiment.load_data(small(tmp_path)).train
-
-    class Right(torch.nn.Module):
-        def forward(self, images):
-            return torch.nn.functional.one_hot(part.labels, 10).float()[: len(images)] * 9
-
+    right = Answers(torch.nn.functional.one_hot(part.labels, 10).float() * 9)
     e = small(tmp_path, select="misclassified")
-    record = proxy_step(Right(), part, e, step=1, epoch=1, directory=tmp_path / "step_1", device=torch.device("cpu"))
+    record = proxy_step(right, part, e, step=1, epoch=1, directory=tmp_path / "step_1", device=torch.device("cpu"))
     assert (record.images, record.asked, record.masked_share) == (0, 32, 0.0)
     for mode in ("replace", "append"):
         overlay = Overlay(part, mode=mode, steps=[tmp_path / "step_1"])
@@ -298,14 +312,10 @@ def test_shuffled_with_one_image_left_makes_none_and_goes_on(tmp_path):
     """Late in training `misclassified` may find a single image: there is no other one whose map it could get."""
     part = experiment.load_data(small(tmp_path)).train
 
-    class AllButOne(torch.nn.Module):
-        def forward(self, images):
-            logits = torch.nn.functional.one_hot(part.labels, 10).float() * 9
-            logits[7] = -logits[7]
-            return logits[: len(images)]
-
+    logits = torch.nn.functional.one_hot(part.labels, 10).float() * 9
+    logits[7] = -logits[7]
     e = small(tmp_path, select="misclassified", xai="shuffled")
-    record = proxy_step(AllButOne(), part, e, step=1, epoch=1, directory=tmp_path / "step_1", device=torch.device("cpu"))
+    record = proxy_step(Answers(logits), part, e, step=1, epoch=1, directory=tmp_path / "step_1", device=torch.device("cpu"))
     assert record.images == 0
 
 

@@ -105,6 +105,17 @@ def test_a_file_changed_within_the_clocks_grain_is_seen(tmp_path):
     assert results.load(str(tmp_path))["test_loss"][0] == 0.7
 
 
+@pytest.mark.parametrize("name", ["summary.json", "manifest.json"])
+def test_a_change_of_either_file_is_seen(tmp_path, name, counted):
+    path = made(tmp_path, 0) / name
+    age(tmp_path)
+    results.load(str(tmp_path))
+    path.write_text(path.read_text().replace("0.5", "0.7").replace('"finished"', '"failed"'))
+    frame = results.load(str(tmp_path))
+    assert (frame["test_loss"][0], frame["status"][0]) == ((0.7, "finished") if name == "summary.json" else (0.5, "failed"))
+    assert len(counted) == 2
+
+
 @pytest.mark.parametrize("garbage", [b"", b"{", b"[]", b"\xff\xfe", b'{"columns": 3}', b'{"columns": [], "runs": {}}'])
 def test_a_damaged_index_is_made_anew(tmp_path, garbage, counted):
     made(tmp_path, 0)
@@ -257,20 +268,21 @@ def test_the_latex_of_a_pivot(frame):
 def test_tensorboard_compares_the_runs_over_the_same_folder(trained):
     from tensorboard.backend.event_processing import data_provider
     from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
     from tensorboard.plugins import base_plugin
-    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+    from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(trained)).Reload()
     provider = data_provider.MultiplexerDataProvider(multiplexer, str(trained))
-    context = backend_context.Context(base_plugin.TBContext(data_provider=provider))
-    request = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=10, allowed_statuses=[api_pb2.STATUS_SUCCESS, api_pb2.STATUS_UNKNOWN])
-    found = context.experiment_from_metadata(None, "", True, context.hparams_metadata(None, ""), provider.list_hyperparameters(None, experiment_ids=[""]))
-    metrics = [metric.name for metric in found.metric_infos]
+    context, request = backend_context.Context(base_plugin.TBContext(data_provider=provider)), RequestContext()
+    found = get_experiment.Handler(request, context, "", api_pb2.GetExperimentRequest(include_metrics=True)).run()
+    statuses = [api_pb2.STATUS_SUCCESS, api_pb2.STATUS_UNKNOWN]
+    asked = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=10, allowed_statuses=statuses, include_metrics=True)
     for metric in found.metric_infos:
-        request.col_params.add(metric=metric.name)
-    groups = list_session_groups.Handler(None, context, "", request).run().session_groups
+        asked.col_params.add(metric=metric.name)
+    groups = list_session_groups.Handler(request, context, "", asked).run().session_groups
     assert {group.hparams["schedule"].string_value for group in groups} == {"2", "1,p,1"}
-    assert any(name.tag == "hparam/test_accuracy" for name in metrics)
+    assert "hparam/test_accuracy" in {metric.name.tag for metric in found.metric_infos}
     frame = results.load(str(trained)).set_index("schedule")
     for group in groups:
         values = {value.name.tag: value.value for value in group.metric_values}
@@ -300,8 +312,9 @@ def test_two_runs_are_compared_on_ones_own_images(trained, tmp_path):
     for name, run in opened.items():
         assert shown.maps[name].shape == (3, 28, 28) and 0 <= shown.maps[name].min() <= shown.maps[name].max() <= 1
         assert shown.images[name].shape == (3, 3, 28, 28) and shown.images[name].dtype == torch.uint8
+        model = run.model()
         with torch.inference_mode():
-            expected = run.model()(shown.images[name].float() / 255).softmax(1).max(1)
+            expected = model(shown.images[name].float() / 255).softmax(1).max(1)
         rows = shown.table[shown.table["run"] == name]
         assert list(rows["predicted"]) == [run.manifest["classes"][i] for i in expected.indices.tolist()]
         assert np.allclose(rows["confidence"], expected.values.numpy(), atol=1e-5)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -228,6 +229,7 @@ class Lab:
         self.stub.mkdir()
         self.environment = {"PA_RUNS": str(self.runs), "STUB": str(self.stub), "STUB_DATA": digest, "PYTHONPATH": str(home())}
         self.lines: list[str] = []
+        self.started: list[subprocess.Popen] = []
 
     def write(self, count: int) -> Path:
         self.file.write_text(yaml.safe_dump({"base": {"schedule": "1", "device": "cpu"}, "seeds": list(range(count))}))
@@ -247,7 +249,8 @@ class Lab:
         script.write_text(f"import sys, pa_core.sweep\nif __name__ == '__main__':\n    {main}\n")
         command = [sys.executable, str(script), str(self.write(count)), "--workers", "2"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=os.environ | self.environment, start_new_session=True, **pipes)
+        self.started.append(subprocess.Popen(command, env=os.environ | self.environment, start_new_session=True, **pipes))
+        return self.started[-1]
 
     def noted(self, name: str) -> list[list[str]]:
         file = self.stub / name
@@ -289,12 +292,15 @@ def digest():
 
 
 @pytest.fixture
-def lab(tmp_path, monkeypatch, digest) -> Lab:
+def lab(tmp_path, monkeypatch, digest) -> Iterator[Lab]:
     lab = Lab(tmp_path, digest)
     for name, value in lab.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sweep, "_PAPERMILL", STANDING_IN)
-    return lab
+    yield lab
+    for process in lab.started:  # of a test that failed
+        process.kill()
+        process.wait()
 
 
 def test_what_fails_is_reported_and_the_others_go_on(lab):
@@ -413,6 +419,7 @@ def test_interrupted_it_stops_within_seconds_and_says_so(lab, how):
     lab.behave(2, "wait"), lab.behave(3, "wait")
     process = lab.start(4)
     lab.wait_for(4)
+    until(lambda: len(list(lab.runs.glob("*/notebook.ipynb"))) == 2)  # the sweep has noted the two
     family = descendants(process.pid)
     if how == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all that are in the foreground
@@ -480,9 +487,14 @@ def test_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkey
     made: list[pd.DataFrame] = []
     thread = threading.Thread(target=lambda: made.append(make("disturbed")))
     thread.start()
-    metrics = lambda: list((tmp_path / "disturbed").glob("*/metrics.jsonl"))  # noqa: E731
-    for epoch, victim in ((1, "kernel"), (3, "worker")):
-        until(lambda epoch=epoch: metrics() and metrics()[0].read_bytes().count(b"\n") >= epoch, 120)
+
+    def epochs() -> int:
+        """As the last checkpoint has it, or more."""
+        saved = list((tmp_path / "disturbed").glob("*/checkpoint.pt"))
+        return (saved[0].parent / "metrics.jsonl").read_bytes().count(b"\n") if saved else 0
+
+    for epoch, victim in ((1, "kernel"), (4, "worker")):
+        until(lambda epoch=epoch: epochs() >= epoch, 120)
         kernel = next(p for p in descendants(os.getpid()) if "ipykernel_launcher" in p.cmdline())
         (kernel if victim == "kernel" else kernel.parent().parent()).kill()
         until(lambda kernel=kernel: not alive([kernel]))
@@ -491,7 +503,7 @@ def test_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkey
     quiet = make("quiet")
     path = tmp_path / "quiet" / quiet["run"][0]
     # the notebook itself pauses at its proxy step and goes on
-    assert len(disturbed.manifest["resumed"]) == 3 and len(Run(path).manifest["resumed"]) == 1
+    assert len(disturbed.manifest["resumed"]) >= 3 and len(Run(path).manifest["resumed"]) == 1
     assert disturbed.manifest["threads"] == Run(path).manifest["threads"] == 1
     assert disturbed.path.name == path.name
     assert timeless(disturbed.summary) == timeless(Run(path).summary)

@@ -57,7 +57,9 @@ def resize(maps: Tensor, size: int) -> Tensor:
 def blur(maps: Tensor, *, sigma: float) -> Tensor:
     """Gaussian blur, cut at three sigma, of [N, S, S]."""
     kernel = 2 * round(3 * sigma) + 1
-    return gaussian_blur(maps.unsqueeze(1), kernel_size=[kernel] * 2, sigma=[sigma] * 2).squeeze(1)
+    # one axis after the other: torchvision convolves with the whole square otherwise
+    across = gaussian_blur(maps.unsqueeze(1), kernel_size=[kernel, 1], sigma=[sigma] * 2)
+    return gaussian_blur(across, kernel_size=[1, kernel], sigma=[sigma] * 2).squeeze(1)
 
 
 def generator(seed: int, *labels: object) -> torch.Generator:

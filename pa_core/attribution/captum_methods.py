@@ -170,10 +170,13 @@ def deeplift(request: Request) -> Tensor:
 
 
 def deeplift_contributions(request: Request) -> Tensor:
-    """[N, 3, S, S], whose sum per image is the explained logit less that of the black image."""
+    """[N, 3, S, S], whose sum per image is the explained logit less that of the black image.
+
+    In full precision, whatever the caller runs in: the rule divides differences of activations by one another.
+    """
     from captum.attr import DeepLift
 
-    with _apart(request.model):
+    with _apart(request.model), torch.autocast(request.images.device.type, enabled=False):
         return _attribute(DeepLift(request.model), request)
 
 

@@ -51,7 +51,7 @@ def chefer(request: Request) -> Tensor:
 def refuse_attention(model: Classifier) -> str | None:
     """Why a model's attention cannot be followed from block to block."""
     device = next(model.parameters()).device
-    with as_found(model), torch.no_grad():
+    with as_found(model), torch.no_grad(), torch.autocast(device.type, enabled=False):  # rows that sum to 1 in half precision may not
         attentions, _ = _forward(model, torch.zeros(2, 3, model.image_size, model.image_size, device=device))
     if not attentions:
         return f"it needs attention over all tokens, and {model.name} has none that can be read"

@@ -67,7 +67,9 @@ def stretches(cells: list[nbformat.NotebookNode], started: float, first_step: fl
 
 
 def first_line(source: str) -> str:
-    return next(line for line in source.splitlines() if line.strip())[:70]
+    """The first line that says what a cell does; the two cells of parameters have one name."""
+    lines = [line for line in source.splitlines() if line.strip() and not line.startswith("%")]
+    return "parameters" if lines[0].startswith("# Parameters") else lines[0][:70]
 
 
 def importing(name: str) -> float:

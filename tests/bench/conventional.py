@@ -65,7 +65,7 @@ def contenders(
     os.environ["PA_DATA"] = str(folder / "cache")
     try:
         started = time.perf_counter()
-        dataset = data.load("folder", data_dir=str(folder / "images"), image_size=size, folds=10)
+        dataset = data.load(dataset="folder", data_dir=str(folder / "images"), image_size=size, folds=10)
         decoding = n / (time.perf_counter() - started)
     finally:
         os.environ.pop("PA_DATA") if before is None else os.environ.update(PA_DATA=before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 
 import matplotlib
 
@@ -58,12 +59,14 @@ def panel(axis: Axes, name: str, table: pd.DataFrame) -> None:
         axis.text(0, y, benchmark, va="center", ha="left", fontsize=8, fontweight="bold")
         y += 1
         for _, row in rows.iterrows():
-            colour = REFERENCE if row["contender"] == row["reference"] else OURS if harness.OURS in row["contender"] else OTHER
+            ours = harness.OURS in row["contender"] or not table["contender"].str.startswith(harness.OURS).any()
+            colour = REFERENCE if row["contender"] == row["reference"] else OURS if ours else OTHER
             axis.barh(y, row["ratio"], color=colour, height=0.75)
             text = f" {row['ratio']:.2f}   {row['value']:,.4g} {row['unit']}"
-            axis.text(row["ratio"], y, text, va="center", fontsize=7.5)
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            axis.text(row["ratio"] + 0.01 * most, y, text.strip(), va="center", fontsize=7.5, bbox=behind)
             ticks.append(y)
-            labels.append(row["contender"])
+            labels.append(shorten(row["contender"], width=38, placeholder=" ..."))
             y += 1
     axis.set_yticks(ticks, labels, fontsize=7.5)
     axis.set_ylim(y - 0.4, -0.6)

@@ -13,7 +13,7 @@ import torch
 from pa_core import models, train
 from pa_core.params import Experiment
 from tests.bench import harness
-from tests.bench.parts import noise
+from tests.bench.synthetic import noise
 from tests.bench.proxy_step import step
 
 IMAGES, SIZE = 10_000, 64

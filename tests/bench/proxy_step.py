@@ -18,7 +18,7 @@ from pa_core import models, proxy, train
 from pa_core.data import Part
 from pa_core.params import Experiment
 from tests.bench import harness
-from tests.bench.parts import noise
+from tests.bench.synthetic import noise
 
 CASES = (("resnet18", 224, 246), ("resnet18", 64, 2048), ("test_resnet", 28, 4096))
 """Network, image size, images on a CPU; a GPU gets ten times as many."""

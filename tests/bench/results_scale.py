@@ -1,20 +1,19 @@
-"""How long ``results.load`` takes on many runs: the first time, and again.
-
-    python -m tests.bench.results_scale [RUNS]
-"""
+"""How long ``results.load`` takes on 10,000 runs: the first time, again, and with a row per epoch."""
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from pa_core import results
 from pa_core.params import Experiment
+from tests.bench import harness
 
-EPOCHS = 40
+RUNS, EPOCHS = 10_000, 40
 
 
 def synthetic(home: Path, count: int) -> None:
@@ -49,16 +48,13 @@ def synthetic(home: Path, count: int) -> None:
         (path / "metrics.jsonl").write_text(metrics)
 
 
-def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+def run(device: torch.device) -> list[harness.Row]:
     with tempfile.TemporaryDirectory() as folder:
-        synthetic(Path(folder), count)
+        synthetic(Path(folder), RUNS)
         time.sleep(results._SETTLED)
-        for what, options in (("first", {}), ("again", {}), ("again", {}), ("a row per epoch", {"epochs": True})):
+        values = {}
+        for what, options in (("the first time", {}), ("again", {}), ("a row per epoch", {"epochs": True})):
             started = time.perf_counter()
-            frame = results.load(folder, **options)
-            print(f"{count} runs, {what}: {len(frame)} rows in {time.perf_counter() - started:.2f} s", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            results.load(folder, **options)
+            values[what] = time.perf_counter() - started
+    return harness.rows(f"results.load: {RUNS:,} runs", values, reference="the first time", device=device, unit="s")

@@ -1,8 +1,9 @@
-"""1,000 to 50,000 images in each store: images per second, and peak memory. Every case runs in a process of its own.
+"""1,000 to 50,000 images in each store: images per second, and peak memory.
 
-Memory on a CPU is what the process has allocated itself (resident pages that no file backs: those of the mapped images belong
-to the file, and the system takes them back when it needs them), on a GPU what PyTorch allocated there. For the store on the
-device ``besides the images`` is the part that must not grow. The reference is the smallest number.
+Rates of all numbers are taken in turn, in one process; for its peak memory every number gets a process of its own. Memory on a
+CPU is what that process has allocated itself (resident pages that no file backs: those of the mapped images belong to the file,
+and the system takes them back when it needs them), on a GPU what PyTorch allocated there. For the store on the device ``besides
+the images`` is the part that must not grow. The reference is the smallest number.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import sys
 import tempfile
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -22,23 +23,35 @@ from tests.bench import harness, synthetic
 
 NUMBERS = (1000, 5000, 20_000, 50_000)
 SIZE, BATCH = 64, 64
-DRAWS = {"cpu": 1024, "cuda": 50_000}
+DRAWS = 1000
+EPOCH = {False: 1000, True: 20_000}
+"""Images of one measurement on a CPU and on CUDA, in epochs of a thousand draws, so that all numbers take the same steps."""
 
 
 def run(device: torch.device) -> list[harness.Row]:
     table = []
     for store in ("device", "mapped"):
-        measured = {n: measure_in_process(n, store, device) for n in NUMBERS}
-        for key, unit in (("rate", "images/s"), ("peak", "MB"), ("besides", "MB besides the images")):
-            if key == "besides" and store == "mapped":
-                continue
-            values = {f"{n:,} images": found[key] for n, found in measured.items()}
-            table += harness.rows(f"store {store}: {unit}", values, reference=f"{NUMBERS[0]:,} images", unit=unit, device=device)
+        with tempfile.TemporaryDirectory() as folder:
+            made = {f"{n:,} images": training(Path(folder), n, store, device) for n in NUMBERS}
+            rates = harness.interleave(made, device=device)
+        peaks = {f"{n:,} images": json.loads(harness.in_process("tests.bench.scale", n, store, device)) for n in NUMBERS}
+        values = {"images/s": rates, "MB": {name: peak["peak"] for name, peak in peaks.items()}}
+        if store == "device":
+            values["MB besides the images"] = {name: peak["besides"] for name, peak in peaks.items()}
+        for unit, found in values.items():
+            table += harness.rows(f"store {store}: {unit}", found, reference=f"{NUMBERS[0]:,} images", unit=unit, device=device)
     return table
 
 
-def measure_in_process(n: int, store: str, device: torch.device) -> dict[str, float]:
-    return json.loads(harness.in_process("tests.bench.scale", n, store, device).splitlines()[-1])
+def training(folder: Path, n: int, store: str, device: torch.device) -> Callable[[], int]:
+    """Work that trains on as many images, whatever n is."""
+    path = folder / f"{n}.npy"
+    synthetic.write(path, n=n, size=SIZE)
+    part = synthetic.part(path)
+    source, e = part.on(device) if store == "device" else part, Experiment()
+    state = synthetic.state(e, size=SIZE, device=device, steps=10**6)
+    draws, epochs = min(DRAWS, n), -(-EPOCH[device.type == "cuda"] // min(DRAWS, n))
+    return lambda: sum(synthetic.epoch(state, source, e, draws=draws, batch=BATCH) for _ in range(epochs))
 
 
 class Peak:
@@ -63,27 +76,14 @@ class Peak:
         self._thread.join()
 
 
-def measure(n: int, store: str, device: torch.device) -> dict[str, float]:
-    """Peak MB over loading and training, and the median rate of five pieces of an epoch."""
-    e = Experiment()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "images.npy"
-        synthetic.write(path, n=n, size=SIZE)
-        with Peak() as peak:
-            part = synthetic.part(path)
-            source = part.on(device) if store == "device" else part
-            state = synthetic.state(e, size=SIZE, device=device, steps=10**6)
-            draws = DRAWS["cuda" if device.type == "cuda" else "cpu"]
-            rates = []
-            for _ in range(6):
-                started = time.perf_counter()
-                synthetic.epoch(state, source, e, draws=min(draws, n), batch=BATCH)
-                harness.wait(device)
-                rates.append(min(draws, n) / (time.perf_counter() - started))
-    taken = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak.bytes
+def peak(n: int, store: str, device: torch.device) -> dict[str, float]:
+    """Peak MB over loading and training."""
+    with tempfile.TemporaryDirectory() as folder, Peak() as watched:
+        training(Path(folder), n, store, device)()
+    taken = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else watched.bytes
     images = n * 3 * SIZE**2 if store == "device" else 0
-    return {"rate": sorted(rates[1:])[2], "peak": taken / 1e6, "besides": (taken - images) / 1e6}
+    return {"peak": taken / 1e6, "besides": (taken - images) / 1e6}
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]), sys.argv[2], torch.device(sys.argv[3]))))
+    print(json.dumps(peak(int(sys.argv[1]), sys.argv[2], torch.device(sys.argv[3]))))

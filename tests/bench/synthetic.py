@@ -23,9 +23,18 @@ def write(path: Path, *, n: int, size: int) -> None:
     array.flush()
 
 
+def noise(n: int, *, size: int) -> Part:
+    """A training part in memory."""
+    return over(np.random.default_rng(0).integers(0, 256, (n, 3, size, size), dtype=np.uint8))
+
+
 def part(path: Path) -> Part:
     """A training part over the mapped file."""
-    pixels = np.load(path, mmap_mode="r")
+    return over(np.load(path, mmap_mode="r"))
+
+
+def over(pixels: np.ndarray) -> Part:
+    """A training part over uint8 [n, 3, size, size]."""
     n, size = len(pixels), pixels.shape[-1]
     return Part(
         name="train",
