@@ -473,7 +473,7 @@ def decomposition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """
     arms = [(key, rows.set_index("component")) for key, rows in table.groupby(["dataset", "model", "arm"], sort=False)]
     colours = {"leak": RED, "extra data": ORANGE, "masking": BLUE, "total": GREY}
-    figure, ((ax,),) = _new(1, 1, width=7.2, height=0.85 * len(arms) + 1.3)
+    figure, ((ax,),) = _new(1, 1, width=7.2, height=0.62 * len(arms) + 1.1)
     for i, (_, rows) in enumerate(arms):
         for k, (name, colour) in enumerate(colours.items()):
             row, place = rows.loc[name], len(arms) - i - 0.2 * k
@@ -483,6 +483,7 @@ def decomposition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     labels = [f"{dataset}, {arm}" if several else arm for (dataset, _, arm), _ in arms]
     counts = [rows["n"].iloc[0] for _, rows in arms]
     ax.set_yticks([len(arms) - i - 0.3 for i in range(len(arms))], [f"{_short(t, 40)}  (n = {n})" for t, n in zip(labels, counts, strict=True)])
+    ax.set_ylim(0.2, len(arms) + 0.3)
     ax.axvline(0, color=GREY, lw=0.8)
     ax.set_xlabel("reported minus honest accuracy, in points, with 95 % intervals")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -127,8 +127,8 @@ def compare(runs: pd.DataFrame, *, reference: str, declared: Iterable[Contrast] 
 
     Returns:
         A row per dataset, model, metric and (arm, against), with COLUMNS. n, mean and sd (with n - 1) are the arm's over the
-        seeds that both have; difference, low and high those of the pairs. The first row of each group is the reference
-        itself, over all its seeds, without a difference. Metrics that are no accuracies have neither p-value nor verdict.
+        seeds that both have; difference, low and high those of the pairs. Each group begins with the reference itself, over all
+        its seeds, without a difference, and the declared contrasts. Metrics that are no accuracies have neither p-value nor verdict.
     """
     runs, declared = checked(runs), list(declared)
     known = list(dict.fromkeys(runs["arm"]))
@@ -138,13 +138,16 @@ def compare(runs: pd.DataFrame, *, reference: str, declared: Iterable[Contrast] 
     rows = []
     for key, group in runs.groupby(["study", "dataset", "model", "metric"], sort=False):
         values = {arm: rows.set_index("seed")["value"] for arm, rows in group.groupby("arm", sort=False)}
-        wanted = {Contrast(arm=arm, against=reference): False for arm in values if arm != reference}
-        wanted |= {c: key[3] == tested for c in declared if c.arm in values and c.against in values}
+        wanted = [c for c in declared if c.arm in values and c.against in values]
+        others = [Contrast(arm=arm, against=reference) for arm in values if arm != reference]
+        wanted += [c for c in others if c not in wanted]
         common = dict(zip(("study", "dataset", "model", "metric"), key, strict=True))
         if reference in values:
             rows.append(common | {"arm": reference, "declared": False} | _spread(values[reference]))
         judged = key[3].endswith("accuracy")
-        rows += [common | _row(values[c.arm], values.get(c.against), c, is_declared, judged) for c, is_declared in wanted.items()]
+        for c in wanted:
+            pair = values[c.arm], values.get(c.against, values[c.arm][:0])
+            rows.append(common | {"arm": c.arm, "against": c.against, "declared": c in declared and key[3] == tested} | _row(*pair, judged))
     table = pd.DataFrame(rows, columns=COLUMNS)
     family = table["declared"].astype(bool)
     table["p_holm"] = np.nan
@@ -156,9 +159,9 @@ def _spread(values: pd.Series) -> dict[str, Any]:
     return {"n": len(values), "mean": values.mean(), "sd": values.std(ddof=1)}
 
 
-def _row(arm: pd.Series, against: pd.Series | None, contrast: Contrast, declared: bool, judged: bool) -> dict[str, Any]:
-    both = arm.index.intersection(against.index, sort=None) if against is not None else arm.index[:0]
-    row = {"arm": contrast.arm, "against": contrast.against, "declared": declared} | _spread(arm[both])
+def _row(arm: pd.Series, against: pd.Series, judged: bool) -> dict[str, Any]:
+    both = arm.index.intersection(against.index, sort=None)
+    row = _spread(arm[both])
     if len(both) == 0:
         return row
     d = (arm[both] - against[both]).to_numpy()

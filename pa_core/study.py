@@ -328,6 +328,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from pa_core.study import main as _main  # so that nothing that travels to workers belongs to __main__
-
-    sys.exit(_main())
+    sys.exit(main())

@@ -73,8 +73,8 @@ BAD = [
     (dict(precision="fp16"), None, ["auto, fp32 or bf16"]),
     (dict(device="cuda:99"), None, ["auto, cpu"]),
     (dict(protocol="thesys"), None, ["clean, thesis, thesis_text", "did you mean 'thesis'"]),
-    (dict(protocol="thesis", train_fraction=0.0001), None, ["train_fraction", "two to halve"]),
-    (dict(augment="mixup"), None, ["later version", "flip, rotate, crop"]),
+    (dict(protocol="thesis", train_fraction=0.0001), "train_fraction", ["train_fraction", "two to halve"]),
+    (dict(augment="mixop"), None, ["erase, cutmix, mixup", "did you mean 'mixup'"]),
 ]
 
 
