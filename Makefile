@@ -22,13 +22,14 @@ endif
 INSTALL = PYTHONPATH= $(VENV)/bin/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures test lab bench clean
+.PHONY: help setup figures test lab bench study clean
 
 help:
 	@echo "make figures   run the four notebooks on the embedded data; figures go into figures/quick/"
 	@echo "make test      pytest over tests/, and nbval over the notebooks"
 	@echo "make lab       JupyterLab, opened in notebooks/ (options: make lab ARGS='--no-browser --port 9999')"
 	@echo "make bench     the benchmarks, or one of them: make bench BENCH=heatmaps"
+	@echo "make study     the runs of a study and its figures in figures/: make study STUDY=a (ARGS=--estimate: how long it takes)"
 	@echo "make setup     .venv from the pinned requirements.txt; every target above does this first"
 	@echo "make clean     remove caches and figures/quick/; runs/, data/ and .venv/ stay"
 	@echo
@@ -103,6 +104,9 @@ lab: setup
 
 bench: setup
 	@$(RUN) -m tests.bench $(BENCH)
+
+study: setup
+	@$(RUN) -m pa_core.study $(STUDY) $(ARGS)
 
 clean:
 	@rm -rf figures/quick build .pytest_cache .hypothesis .ruff_cache *.egg-info

@@ -3,7 +3,7 @@
 The package is a chain: a module imports only modules above it.
 
     schedule -> params -> data -> models -> attribution -> masking -> selection -> metrics -> runs -> train
-    -> proxy -> experiment -> results -> figures -> sweep
+    -> proxy -> protocol -> experiment -> statistics -> results -> figures -> sweep -> study
 
 ``schedule`` knows nothing but its own text, so it stands first and `params` can refuse a bad one.
 Importing ``pa_core`` alone loads none of them; ``from pa_core.experiment import run`` loads torch.

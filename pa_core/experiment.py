@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pa_core import attribution, data, metrics, models, runs, schedule, selection, train
+from pa_core import attribution, data, metrics, models, protocol, runs, schedule, selection, train
 from pa_core.data import decode
 from pa_core.masking import to_float
 from pa_core.params import Experiment, ParameterError, derived_seed, runs_home, shown
-from pa_core.proxy import Choice, Overlay, Proxies, Record, choose, examples, make_proxies, proxy_step
+from pa_core.proxy import Choice, Proxies, Record, choose, examples, make_proxies, proxy_step
 from pa_core.runs import Run, RunError
 
 Log = Callable[[str], None]
@@ -60,7 +60,10 @@ class Prepared:
 def load_data(experiment: Experiment) -> data.Dataset:
     """The experiment's dataset, split."""
     names = {"dataset", "data_dir", "bad_images", "image_size", "train_fraction", "folds", "fold", "seed"}
-    return data.load(**{f.name: getattr(experiment, f.name) for f in fields(experiment) if f.name in names})
+    options = {f.name: getattr(experiment, f.name) for f in fields(experiment) if f.name in names}
+    if experiment.protocol != "clean":
+        options["train_fraction"] = 1.0  # there it is what each stage draws anew
+    return data.load(**options)
 
 
 def prepare(experiment: Experiment) -> Prepared:
@@ -77,6 +80,7 @@ def prepare(experiment: Experiment) -> Prepared:
     attribution.check(xai, smooth=experiment.smooth)
     weights = _file_digest(experiment.pretrained)
     dataset = load_data(experiment)
+    protocol.check(experiment, len(dataset.train))
     model = models.create(
         experiment.model,
         classes=len(dataset.classes),
@@ -222,12 +226,10 @@ class _Walk:
     def step_folder(self, step: int) -> Path:
         return self.path / "proxies" / f"step_{step}"
 
-    def overlay(self) -> Overlay:
-        """The training part under the proxies of the steps so far that are kept."""
-        made = [record.step for record in self.records]
-        kept = made[-1:] if self.experiment.keep_proxies == "last" else made
-        folders = [self.step_folder(step) for step in kept]
-        return Overlay(self.prepared.dataset.train, mode=self.experiment.overlay, steps=folders)
+    def stage(self, number: int) -> protocol.Stage:
+        """What a stage trains on, with the proxies of the steps so far."""
+        folders = [self.step_folder(record.step) for record in self.records]
+        return protocol.stage(self.prepared.dataset.train, self.experiment, number=number, steps=folders)
 
 
 def _begin(prepared: Prepared, placement: data.Placement, path: Path, log: Log) -> _Walk:
@@ -240,7 +242,7 @@ def _begin(prepared: Prepared, placement: data.Placement, path: Path, log: Log) 
         _check_resume(prepared, manifest, path)
     torch.manual_seed(derived_seed(e.seed, "training"))
     batch_size = manifest.get("batch_size") or _batch_size(prepared, log)
-    total_steps = schedule.epochs(e.schedule) * train.steps_per_epoch(len(dataset.train), batch_size)
+    total_steps = e.length * train.steps_per_epoch(protocol.draws(len(dataset.train), e), batch_size)
     state = train.create_state(prepared.model, e, total_steps=total_steps, device=prepared.device, dtype=prepared.dtype)
     records: list[Record] = []
     rows: list[dict[str, Any]] = []
@@ -271,7 +273,7 @@ def _room(prepared: Prepared) -> int:
     """The most proxies that an overlay of this run holds."""
     e, n = prepared.experiment, len(prepared.dataset.train)
     steps = schedule.steps(e.schedule)
-    kept = min(steps, 1) if e.keep_proxies == "last" else steps
+    kept = steps if e.keeps_all_proxies else min(steps, 1)
     return kept * (n if e.select == "all" else selection.count(n, e.fraction))
 
 
@@ -353,17 +355,19 @@ def _new_manifest(prepared: Prepared, batch_size: int) -> dict[str, Any]:
 
 def _walk(walk: _Walk, until_step: int | None) -> bool:
     """The epochs that are left, each with the proxy step that may stand before it; False when paused before the end."""
-    plan, source = schedule.stages(walk.experiment.schedule), walk.overlay()
+    e = walk.experiment
+    plan, current = schedule.stages(e.schedule, p_trains=e.protocol != "clean"), None
     for epoch, (stage, _) in enumerate(plan):
         if epoch < walk.state.epoch:
             continue
         if len(walk.records) < sum(proxy_first for _, proxy_first in plan[: epoch + 1]):
-            _make_step(walk)
+            _make_step(walk, current or walk.stage(stage - 1))
             runs.save_checkpoint(walk.path, _checkpoint(walk, stage))
-            source = walk.overlay()
+        if current is None or plan[epoch - 1][0] != stage:
+            current = walk.stage(stage)
         if until_step is not None and len(walk.records) >= until_step:
             return False
-        row = _epoch(walk, source, stage)
+        row = _epoch(walk, current, stage)
         walk.rows.append(row)
         runs.append_metrics(walk.path, row)
         for name, value in row.items():
@@ -375,13 +379,13 @@ def _walk(walk: _Walk, until_step: int | None) -> bool:
     return True
 
 
-def _epoch(walk: _Walk, source: train.Source, stage: int) -> dict[str, Any]:
+def _epoch(walk: _Walk, stage: protocol.Stage, number: int) -> dict[str, Any]:
     """Train and validate once: a line of metrics.jsonl."""
     e, dataset = walk.experiment, walk.prepared.dataset
     trained = train.train_one_epoch(
         walk.state,
-        source,
-        draws=len(dataset.train),
+        stage.training,
+        draws=protocol.draws(len(dataset.train), e),
         batch_size=walk.batch_size,
         kinds=e.augment,
         label_smoothing=e.label_smoothing,
@@ -390,9 +394,9 @@ def _epoch(walk: _Walk, source: train.Source, stage: int) -> dict[str, Any]:
     checked = _evaluate(walk, dataset.val)
     if not math.isfinite(checked.loss):  # the last step's update is seen here first
         raise train.NonFiniteLoss(f"the validation loss is not finite after epoch {walk.state.epoch}; a lower lr may help")
-    return {
+    row = {
         "epoch": walk.state.epoch,
-        "stage": stage,
+        "stage": number,
         "train_loss": trained["train_loss"],
         "train_accuracy": trained["train_accuracy"],
         "val_loss": checked.loss,
@@ -401,6 +405,9 @@ def _epoch(walk: _Walk, source: train.Source, stage: int) -> dict[str, Any]:
         "images_per_second": trained["images_per_second"],
         "seconds": trained["seconds"],
     }
+    if stage.reported is not None:
+        row["reported_accuracy"] = _evaluate(walk, stage.reported).accuracy
+    return row
 
 
 def _checkpoint(walk: _Walk, stage: int) -> dict[str, Any]:
@@ -410,19 +417,21 @@ def _checkpoint(walk: _Walk, stage: int) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:
+    reported = f"reported accuracy {row['reported_accuracy']:.3f}  " if "reported_accuracy" in row else ""
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  "
         f"train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.3f}  "
-        f"val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.3f}  "
+        f"val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.3f}  {reported}"
         f"lr {row['lr']:.1e}  {row['images_per_second']:,.0f} images/s"
     )
 
 
-def _evaluate(walk: _Walk, part: data.Part) -> train.Evaluation:
-    return train.evaluate(walk.state.model, part, device=walk.state.device, dtype=walk.state.dtype)
+def _evaluate(walk: _Walk, source: train.Source) -> train.Evaluation:
+    return train.evaluate(walk.state.model, source, device=walk.state.device, dtype=walk.state.dtype)
 
 
-def _make_step(walk: _Walk) -> None:
+def _make_step(walk: _Walk, stage: protocol.Stage) -> None:
+    """The proxy step at the end of a stage."""
     e, step = walk.experiment, len(walk.records) + 1
     record = proxy_step(
         walk.state.model,
@@ -431,6 +440,7 @@ def _make_step(walk: _Walk) -> None:
         step=step,
         epoch=walk.state.epoch,
         directory=walk.step_folder(step),
+        candidates=stage.candidates,
         device=walk.state.device,
         dtype=walk.state.dtype,
         show=lambda made: _show(walk.board, made, walk.state.epoch),
@@ -491,6 +501,7 @@ def predictions(logits: Tensor, part: data.Part, classes: tuple[str, ...]) -> pd
 def _summary(walk: _Walk, tested: train.Evaluation) -> dict[str, Any]:
     rows, records, dataset = walk.rows, walk.records, walk.prepared.dataset
     made = sum(record.images for record in records)
+    reported = {name: value for name, value in rows[-1].items() if name == "reported_accuracy"}  # by the thesis' protocol only
     return {
         "val_accuracy": rows[-1]["val_accuracy"],
         "best_val_accuracy": max(row["val_accuracy"] for row in rows),
@@ -506,7 +517,7 @@ def _summary(walk: _Walk, tested: train.Evaluation) -> dict[str, Any]:
         "blank_heatmaps": sum(record.blank for record in records),
         "proxy_seconds": sum(record.seconds for record in records),
         "train_seconds": sum(row["seconds"] for row in rows),
-    }
+    } | reported
 
 
 # Looking at runs, for notebooks

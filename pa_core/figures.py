@@ -26,6 +26,7 @@ from pa_core.experiment import Comparison
 from pa_core.params import ParameterError, derived_seed, home
 from pa_core.proxy import Proxies
 from pa_core.runs import Run
+from pa_core.statistics import MARGIN
 
 # Okabe & Ito 2008: told apart with any colour vision
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#888888"
@@ -431,6 +432,62 @@ def accuracy_by(frame: pd.DataFrame, *, by: Sequence[str] = BY) -> tuple[Figure,
     handles = [matplotlib.lines.Line2D([], [], ls="", marker="o", color=c, label=t) for c, t in ((BLUE, "plain"), (ORANGE, "with proxies"))]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure, pd.DataFrame(rows, columns=["parameter", "value", "run", "seed", "val_accuracy"])
+
+
+@styled
+def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> tuple[Figure, pd.DataFrame]:
+    """A study: each arm's difference to the reference, and the declared contrasts, with intervals; a panel per dataset and model.
+
+    Args:
+        table: of `statistics.compare`, or a committed study_X.csv.
+    """
+    shown = table[(table["metric"] == metric) & table["difference"].notna()]
+    groups = list(shown.groupby(["dataset", "model"], sort=False))
+    if not groups:
+        return _nothing("no two arms of the study share a seed"), shown
+    most = max(len(rows) for _, rows in groups)
+    figure, axes = _new(1, len(groups), width=3.4 + 4.6 * len(groups), height=0.3 * most + 1.4, sharex=True)
+    for ax, ((dataset, model), rows) in zip(axes.flat, groups, strict=True):
+        y = np.arange(len(rows))[::-1]
+        ax.axvspan(-100 * MARGIN, 100 * MARGIN, color=GREY, alpha=0.2, lw=0)
+        ax.axvline(0, color=GREY, lw=0.8)
+        for place, row in zip(y, rows.itertuples(), strict=True):
+            colour = ORANGE if row.declared else BLUE
+            ax.plot([100 * row.low, 100 * row.high], [place, place], color=colour, lw=1.5)
+            ax.plot(100 * row.difference, place, marker="o", ms=4, color=colour)
+        ax.set_yticks(y, [f"{_short(f'{row.arm} − {row.against}', 44)}  (n = {row.n})" for row in rows.itertuples()])
+        ax.set_title(f"{dataset}, {model}")
+        ax.set_xlabel("difference in points, 95 % interval")
+    handles = [matplotlib.lines.Line2D([], [], marker="o", ms=4, color=c, label=t) for c, t in ((ORANGE, "declared"), (BLUE, "descriptive"))]
+    handles.append(matplotlib.patches.Patch(color=GREY, alpha=0.2, label="within half a point"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure, shown
+
+
+@styled
+def decomposition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """What a reported accuracy has beyond the honest one: a group of bars per arm, a bar per component, with intervals.
+
+    Args:
+        table: of `statistics.decompose`, or a committed study_X_decomposition.csv.
+    """
+    arms = [(key, rows.set_index("component")) for key, rows in table.groupby(["dataset", "model", "arm"], sort=False)]
+    colours = {"leak": RED, "extra data": ORANGE, "masking": BLUE, "total": GREY}
+    figure, ((ax,),) = _new(1, 1, width=7.2, height=0.62 * len(arms) + 1.1)
+    for i, (_, rows) in enumerate(arms):
+        for k, (name, colour) in enumerate(colours.items()):
+            row, place = rows.loc[name], len(arms) - i - 0.2 * k
+            ax.barh(place, 100 * row["mean"], height=0.18, color=colour, label=name if i == 0 else None)
+            ax.plot([100 * row["low"], 100 * row["high"]], [place, place], color="black", lw=0.9)
+    several = table["dataset"].nunique() > 1
+    labels = [f"{dataset}, {arm}" if several else arm for (dataset, _, arm), _ in arms]
+    counts = [rows["n"].iloc[0] for _, rows in arms]
+    ax.set_yticks([len(arms) - i - 0.3 for i in range(len(arms))], [f"{_short(t, 40)}  (n = {n})" for t, n in zip(labels, counts, strict=True)])
+    ax.set_ylim(0.2, len(arms) + 0.3)
+    ax.axvline(0, color=GREY, lw=0.8)
+    ax.set_xlabel("reported minus honest accuracy, in points, with 95 % intervals")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure, table
 
 
 @styled

@@ -27,6 +27,7 @@ SCHEMA = 1
 
 SELECT = ("misclassified", "loss", "margin", "entropy", "random", "easiest", "all")
 FILLS = ("zero", "one", "mean", "max", "min", "half_max", "noise", "blur", "patch", "blend", "none")
+PROTOCOLS = ("clean", "thesis", "thesis_text")
 AUGMENTATIONS = ("flip", "rotate", "crop", "erase", "cutmix", "mixup")
 
 
@@ -127,13 +128,11 @@ def _boolean(value: Any) -> bool:
     raise ValueError("allowed is true or false")
 
 
-def _choice(*allowed: str, later: tuple[str, ...] = ()) -> Callable[[Any], str]:
+def _choice(*allowed: str) -> Callable[[Any], str]:
     one_of = f"one of {', '.join(allowed)}"
 
     def coerce(value: Any) -> str:
         text = _text(value).strip().lower()
-        if text in later:
-            raise ValueError(f"{text} comes with a later version; allowed is {one_of}")
         if text not in allowed:
             raise ValueError(f"allowed is {one_of}{nearest(text, allowed)}")
         return text
@@ -237,7 +236,7 @@ COERCE: dict[str, Callable[[Any], Any]] = {
     "feather": _integer(0, 4096),
     "overlay": _choice("replace", "append"),
     "keep_proxies": _choice("last", "all"),
-    "protocol": _choice("clean", later=("thesis",)),
+    "protocol": _choice(*PROTOCOLS),
     "augment": _augment,
     "optimizer": _choice("adamw", "sgd"),
     "lr": _real("allowed is a number above 0", lambda x: x > 0),
@@ -361,7 +360,17 @@ class Experiment:
 
     def plain(self) -> Experiment:
         """The plain run of equal length: the same number of epochs, no proxy step."""
-        return replace(self, schedule=str(epochs(self.schedule)))
+        return replace(self, schedule=str(self.length))
+
+    @property
+    def length(self) -> int:
+        """Training epochs of the schedule; under the predecessor's protocol ``p`` is one, too."""
+        return epochs(self.schedule, p_trains=self.protocol != "clean")
+
+    @property
+    def keeps_all_proxies(self) -> bool:
+        """Whether the proxies of every step stay; the predecessor's do."""
+        return self.keep_proxies == "all" or self.protocol != "clean"
 
     def effective(self) -> dict[str, Any]:
         """The parameters that have an effect and differ from their defaults.
@@ -373,7 +382,9 @@ class Experiment:
             unused |= _PROXY_ONLY
         if steps(self.schedule) == 1:
             unused.add("keep_proxies")
-        if self.select == "all":
+        if self.protocol != "clean":
+            unused |= {"select", "overlay", "keep_proxies"}  # the protocol says what is selected, and where proxies go
+        elif self.select == "all":
             unused.add("fraction")
         if self.fill == "none":
             unused |= {"weight", "feather", "threshold", "threshold_mode", "max_share", "mask_region"}

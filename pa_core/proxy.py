@@ -232,9 +232,19 @@ def donors(part: Part, positions: Tensor, *, seed: int) -> Tensor:
 
 
 def choose(
-    model: Classifier, part: Part, experiment: Experiment, *, step: int, device: torch.device, dtype: torch.dtype
+    model: Classifier,
+    part: Part,
+    experiment: Experiment,
+    *,
+    step: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    candidates: Tensor | None = None,
 ) -> tuple[Choice, selection.Scores]:
     """Score all training images and select some.
+
+    Args:
+        candidates: int64, under the predecessor's protocol the positions that may be selected; see `selection.some_wrong`.
 
     With a class activation map, the pass that scores the images makes the maps, too: it has just computed all they need.
 
@@ -244,7 +254,11 @@ def choose(
     e = experiment
     logits, maps = _scored(model, part, e, device=device, dtype=dtype)
     scores = selection.score(logits, part.labels)
-    positions = selection.select(scores, by=e.select, fraction=e.fraction, seed=derived_seed(e.seed, "proxy step", step))
+    seed = derived_seed(e.seed, "proxy step", step)
+    if candidates is None:
+        positions = selection.select(scores, by=e.select, fraction=e.fraction, seed=seed)
+    else:
+        positions = selection.some_wrong(scores, among=candidates, fraction=e.fraction, seed=seed)
     dealt = attribution.METHODS[attribution.resolve(e.xai)].dealt
     if dealt and len(positions) == 1:
         positions = positions[:0]  # there is no other image whose map it could get; the log says that none was selected
@@ -285,11 +299,13 @@ def proxy_step(
     directory: Path,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    candidates: Tensor | None = None,
     show: Callable[[Proxies], None] | None = None,
 ) -> Record:
     """Make the proxies of one step and store them in ``directory``, which appears whole or not at all.
 
     Args:
+        candidates: see :func:`choose`.
         show: called with the first chunk, for TensorBoard.
     """
     started = time.perf_counter()
@@ -297,7 +313,7 @@ def proxy_step(
     for leftover in (building, directory):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=False) if leftover.exists() else None
     building.mkdir(parents=True)
-    choice, scores = choose(model, part, experiment, step=step, device=device, dtype=dtype)
+    choice, scores = choose(model, part, experiment, step=step, device=device, dtype=dtype, candidates=candidates)
     scoring_seconds = time.perf_counter() - started
     tally = _Tally()
     with _Images(building / "images.npy", count=len(choice), like=part) as images:
@@ -313,6 +329,7 @@ def proxy_step(
     tally.table(part, choice, scores).to_csv(building / "proxies.csv", index=False)
     building.rename(directory)
     asked = len(part) if experiment.select == "all" else selection.count(len(part), experiment.fraction)
+    asked = asked if candidates is None else len(choice)  # there it is a fraction of the wrong ones, however many those are
     return Record(
         step=step,
         epoch=epoch,

@@ -23,6 +23,7 @@ PARAMETERS = tuple(field.name for field in fields(Experiment))
 MEASURED = (
     "val_accuracy",
     "best_val_accuracy",
+    "reported_accuracy",
     "test_accuracy",
     "test_loss",
     "n_train",
@@ -275,7 +276,9 @@ def pairs(frame: pd.DataFrame) -> pd.DataFrame:
         A row per pair: ``run``, ``plain_run``, the proxy parameters, ``seed``, and of ``test_accuracy`` and
         ``val_accuracy`` the run's value, the plain one's (``plain_...``) and the ``..._difference``.
     """
-    done = frame[frame["status"] == FINISHED].assign(length=lambda f: [schedule.epochs(s) for s in f["schedule"]])
+    done = frame[frame["status"] == FINISHED].assign(
+        length=lambda f: [schedule.epochs(s, p_trains=p != "clean") for s, p in zip(f["schedule"], f["protocol"], strict=True)]
+    )
     done = done.drop_duplicates("digest", keep="last")  # a rerun is no second sample
     shared = [name for name in PARAMETERS if name not in (*_PROXY_PARAMETERS, *_PLACES)]
     shared += [*_DIGESTS, "same_weights", "length"]

@@ -1,4 +1,7 @@
-"""A schedule such as ``5,p,9,p,4``: numbers are epochs of training, ``p`` is a proxy step and takes no epoch."""
+"""A schedule such as ``5,p,9,p,4``: numbers are epochs of training, ``p`` is a proxy step and takes no epoch.
+
+The predecessor's protocol is the exception: there ``p`` trains for an epoch, too, and makes its proxies at its end (``p_trains``).
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,9 @@ def parse(text: str) -> tuple[str, ...]:
     return tuple(token if token == PROXY else str(int(token)) for token in tokens)
 
 
-def epochs(text: str) -> int:
-    """Number of training epochs: ``epochs("5,p,9") == 14``."""
-    return sum(int(token) for token in parse(text) if token != PROXY)
+def epochs(text: str, *, p_trains: bool = False) -> int:
+    """Number of training epochs: ``epochs("5,p,9") == 14``, and 15 where ``p`` trains."""
+    return sum(p_trains if token == PROXY else int(token) for token in parse(text))
 
 
 def steps(text: str) -> int:
@@ -40,21 +43,24 @@ def steps(text: str) -> int:
     return parse(text).count(PROXY)
 
 
-def stages(text: str) -> tuple[tuple[int, bool], ...]:
+def stages(text: str, *, p_trains: bool = False) -> tuple[tuple[int, bool], ...]:
     """One pair per epoch: (index of its stage, whether a proxy step comes just before it).
+
+    Where ``p`` trains, it is a stage of one epoch, and its proxy step comes before the next stage.
 
     >>> stages("2,p,1")
     ((0, False), (0, False), (1, True))
+    >>> stages("2,p,1", p_trains=True)
+    ((0, False), (0, False), (1, False), (2, True))
     """
     result, stage, proxy = [], -1, False
     for token in parse(text):
-        if token == PROXY:
-            proxy = True
-            continue
-        stage += 1
-        for _ in range(int(token)):
-            result.append((stage, proxy))
-            proxy = False
+        if token != PROXY or p_trains:
+            stage += 1
+            for _ in range(1 if token == PROXY else int(token)):
+                result.append((stage, proxy))
+                proxy = False
+        proxy = token == PROXY
     return tuple(result)
 
 

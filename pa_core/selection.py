@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -75,3 +76,17 @@ def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor
     if by == "misclassified":
         order = order[scores.predicted[order] != scores.labels[order]]
     return order[: count(n, fraction)]
+
+
+def some_wrong(scores: Scores, *, among: Tensor, fraction: float, seed: int) -> Tensor:
+    """The predecessor's selection: of the misclassified images a fraction, rounded up, in random order and not the worst first.
+
+    Args:
+        among: int64 [n], the positions that may be selected.
+
+    Returns:
+        int64 [K], K <= n.
+    """
+    wrong = among[scores.predicted[among] != scores.labels[among]]
+    order = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(derived_seed(seed, "select")))
+    return wrong[order[: math.ceil(fraction * len(wrong))]]

@@ -41,7 +41,6 @@ import pandas as pd
 import yaml
 
 from pa_core.params import COERCE, Experiment, ParameterError, data_home, home, nearest, runs_home, shown
-from pa_core.schedule import epochs
 
 KEYS = ("notebook", "base", "grid", "arms", "seeds")
 NOTEBOOK = "03_proxy_loop"
@@ -122,7 +121,7 @@ def read(path: str | os.PathLike) -> Sweep:
         ParameterError: the file cannot be read, or a key or a value in it is not allowed; the message names both.
     """
     path = Path(path)
-    return expand(_read_yaml(path), name=path.stem, folder=path.absolute().parent)
+    return expand(read_yaml(path), name=path.stem, folder=path.absolute().parent)
 
 
 def expand(content: Mapping[str, Any], *, name: str = "sweep", folder: Path | None = None) -> Sweep:
@@ -174,7 +173,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(), _Loader) or {}  # noqa: S506, a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -188,7 +187,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _base(name: str, value: Any, folder: Path) -> dict[str, Any]:
     """The parameters of every run, given here or as a params file's path."""
     if isinstance(value, str):
-        value = _read_yaml(folder / Path(value).expanduser())
+        value = read_yaml(folder / Path(value).expanduser())
     return _mapping(name, "base", value)
 
 
@@ -384,7 +383,7 @@ def estimate(sweep: Sweep, jobs: Sequence[Job], *, workers: int) -> float | None
     done = frame[(frame["status"] == FINISHED) & (frame["epochs"] > 0)]
     each = (done["train_seconds"] + done["proxy_seconds"]) / done["epochs"]
     per_epoch = each.groupby([done["dataset"], done["model"]]).median()
-    seconds = [per_epoch.get((j.experiment.dataset, j.experiment.model), float("nan")) * epochs(j.experiment.schedule) for j in jobs]
+    seconds = [per_epoch.get((j.experiment.dataset, j.experiment.model), float("nan")) * j.experiment.length for j in jobs]
     total = sum(seconds) + START_SECONDS * len(jobs)
     return None if total != total else max(total / max(1, min(workers, len(jobs))), max(seconds, default=0))
 
@@ -606,7 +605,7 @@ def job_cluster(file: str | os.PathLike) -> tuple[Any, int, int]:
     Raises:
         ParameterError: the file asks for something that does not exist.
     """
-    content = _read_yaml(Path(file))
+    content = read_yaml(Path(file))
     kind = next(iter(content), None)
     if len(content) != 1 or kind not in JOBQUEUES or not isinstance(content[kind], dict):
         allowed = f"allowed is one of {', '.join(JOBQUEUES)} with the keywords of dask-jobqueue{nearest(str(kind), JOBQUEUES)}"
@@ -771,7 +770,7 @@ def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _
     expected = estimate(sweep, todo, workers=pool.count)
     log(
         f"{pool.count} at a time with {_many(pool.threads, 'thread')} each" + (f", a GPU each of {', '.join(pool.gpus)}" if pool.gpus else "") + "; "
-        + ("how long is not known, no run of such a dataset and model has finished" if expected is None else f"about {_duration(expected)}")
+        + ("how long is not known, no run of such a dataset and model has finished" if expected is None else f"about {duration(expected)}")
     )
     pool.client.register_plugin(_children(own=pool.own), name=folder.name)
     tasks = {job.key: _task(sweep, job, folder, pool) for job in todo}
@@ -785,7 +784,7 @@ def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _
             states[job.key] = state
             left = (time.perf_counter() - started) / count * (len(todo) - count)
             what = f"{state.error}, {state.cell}" if state.error else state.run.name
-            log(f"[{count}/{len(todo)}] {state.status}: {sweep.title(job)}: {what}" + (f"; about {_duration(left)} left" if left else ""))
+            log(f"[{count}/{len(todo)}] {state.status}: {sweep.title(job)}: {what}" + (f"; about {duration(left)} left" if left else ""))
     except KeyboardInterrupt:
         log("interrupted: stopping the runs under way; the same command goes on from their checkpoints")
         pool.client.cancel(list(futures))  # so that what is stopped is not given out again
@@ -839,7 +838,7 @@ def _many(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -853,8 +852,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pa_core.sweep", description="Make the runs of a sweep file.")
     parser.add_argument("file", help="a YAML file with the keys notebook, base, grid, arms, seeds")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, start none")
-    parser.add_argument("--workers", type=_positive, help="runs at a time; by default one per GPU, or per core")
-    parser.add_argument("--threads", type=_positive, help="threads of each run; by default the cores divided by the workers")
+    parser.add_argument("--workers", type=positive, help="runs at a time; by default one per GPU, or per core")
+    parser.add_argument("--threads", type=positive, help="threads of each run; by default the cores divided by the workers")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--scheduler", metavar="ADDRESS", help="use a running Dask cluster, such as tcp://node:8786")
     where.add_argument("--cluster", metavar="FILE", help="start one through dask-jobqueue, from a YAML file")
@@ -882,7 +881,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return 1 if len(failed) else 0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)

@@ -72,8 +72,9 @@ BAD = [
     (dict(xai="saliency", smooth="eigen"), "smooth", ["none, gaussian or flip"]),
     (dict(precision="fp16"), None, ["auto, fp32 or bf16"]),
     (dict(device="cuda:99"), None, ["auto, cpu"]),
-    (dict(protocol="thesis"), None, ["later version", "clean"]),
-    (dict(augment="mixup"), None, ["later version", "flip, rotate, crop"]),
+    (dict(protocol="thesys"), None, ["clean, thesis, thesis_text", "did you mean 'thesis'"]),
+    (dict(protocol="thesis", train_fraction=0.0001), "train_fraction", ["train_fraction", "two to halve"]),
+    (dict(augment="mixop"), None, ["erase, cutmix, mixup", "did you mean 'mixup'"]),
 ]
 
 

@@ -59,7 +59,7 @@ def test_values_are_kept_in_one_form(given, kept):
         (dict(fill="men"), ["fill", "men", "did you mean 'mean'"]),
         (dict(max_share=1.2), ["max_share", "1.2", "above 0 and up to 1"]),
         (dict(feather=True), ["feather", "whole number"]),
-        (dict(protocol="thesis"), ["protocol", "later version"]),
+        (dict(protocol="theses"), ["protocol", "clean, thesis, thesis_text"]),
         (dict(augment="flip,cutmx"), ["augment", "cutmx", "did you mean 'cutmix'"]),
         (dict(store="disk"), ["store", "disk", "auto, device, mapped"]),
         (dict(augment="flip,flip"), ["augment", "twice"]),

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11.0", "3.11.9", "3.12.0", "3.13.0")
 PLATFORMS = ("linux", "darwin", "win32")
 CHAIN = (
-    "schedule params data models attribution masking selection metrics runs train proxy experiment results "
-    "figures sweep"
+    "schedule params data models attribution masking selection metrics runs train proxy protocol experiment "
+    "statistics results figures sweep study"
 ).split()
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from pa_core.attribution.base import Request, blur, generator
 from pa_core.params import ParameterError, derived_seed
 
+ASPECT = 0.3
+"""The flattest rectangle, height : width; the tallest is its inverse."""
+
 
 def random(request: Request) -> Tensor:
     """Uniform noise per pixel, seeded per image id."""
@@ -31,6 +34,27 @@ def center(request: Request) -> Tensor:
     at = torch.arange(size, device=request.images.device) - (size - 1) / 2
     bell = torch.exp(-(at**2) / (2 * (size / 4) ** 2))
     return (bell[:, None] * bell).expand(len(request.images), -1, -1)
+
+
+def rectangle(request: Request) -> Tensor:
+    """Rectangles one inside the other, so that every quantile masks one: random erasing with the dose of the other masks.
+
+    As in Zhong et al. 2020 each lies within the image, at every place with the same probability, and its aspect ratio (height :
+    width) is drawn from 0.3 to 1 / 0.3, here on a log scale; both are seeded per image id.
+    """
+    size, maps = request.images.shape[-1], []
+    for name in request.ids:
+        y, x, ratio = torch.rand(3, generator=generator(request.seed, "rectangle", name))
+        stretch = ASPECT ** (0.5 - ratio)  # square root of the aspect ratio
+        height, width = _reach(y, size) / stretch, _reach(x, size) * stretch
+        maps.append(-torch.maximum(height[:, None], width[None, :]))
+    return torch.stack(maps).to(request.images.device)
+
+
+def _reach(place: Tensor, size: int) -> Tensor:
+    """[size]: how long the interval ``place * (size - length) + [0, length]`` must be to hold each pixel's middle."""
+    at = torch.arange(size) + 0.5
+    return torch.where(at < place * size, size - at / place, (at - place * size) / (1 - place))
 
 
 def edges(request: Request) -> Tensor:

@@ -131,6 +131,12 @@ METHODS: dict[str, Method] = {
     "random": Method(compute=controls.random, control=True, cost="none", about="control: uniform noise per pixel"),
     "random_blur": Method(compute=controls.random_blur, control=True, cost="none", about="control: a smooth random field"),
     "center": Method(compute=controls.center, control=True, cost="none", about="control: a Gaussian in the middle"),
+    "rectangle": Method(
+        compute=controls.rectangle,
+        control=True,
+        cost="none",
+        about="control: rectangles of random place and shape (random erasing, Zhong et al. 2020, at the dose of the threshold)",
+    ),
     "edges": Method(compute=controls.edges, control=True, cost="none", about="control: edges of the image (Sobel)"),
     "shuffled": Method(
         compute=cams.gradcam,

@@ -1,0 +1,125 @@
+"""What each stage of a schedule trains on, and from which images its proxy step may choose.
+
+``clean``: the training part under its proxies, the same in every stage.
+
+``thesis``: what the predecessor's published code does, to see what its numbers are made of. Every stage, ``p`` included, draws a
+share (``train_fraction``) of the images and halves them, stratified, while the weights carry over: it trains on one half, and the
+accuracy on the other is what it reports. ``p`` trains for an epoch, too; at its end a fraction of the images of its training half
+that the network gets wrong, in random order, become proxies. Those lie beside their originals from then on, but only a ``p``
+stage reads them, so that the stages between train on none. ``thesis_text`` differs in the proxies alone: as the text has it,
+every stage after ``p`` trains on them in the place of their originals; the half that is reported on has originals.
+
+Here the draws are seeded, and only the training part is drawn from: test images and this package's own validation images are
+never trained on, whatever the protocol. Two details are not replayed: the predecessor's wrong images are those of the forward
+passes during the epoch, here of one pass after it, and its proxies are made of their random crops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pa_core import schedule
+from pa_core.data import Part
+from pa_core.params import Experiment, ParameterError, derived_seed
+from pa_core.proxy import Overlay
+from pa_core.train import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Where the images of a stage come from.
+
+    Attributes:
+        training: an epoch draws :func:`draws` of them.
+        reported: those whose accuracy the predecessor reports; None under the clean protocol.
+        candidates: int64, the positions of the training part that the stage's proxy step may choose from; None for all.
+    """
+
+    training: Source
+    reported: Source | None = None
+    candidates: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawn:
+    """Some images of a source, as a source: ``positions``, int64 [n] on the CPU, of ``base``."""
+
+    base: Source
+    positions: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        return self.base.labels[self.positions]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.base.shape
+
+    @property
+    def resident(self) -> torch.device | None:
+        return self.base.resident
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def read(self, index: Tensor) -> Tensor:
+        return self.base.read(self.positions.to(index.device)[index])
+
+
+def stage(part: Part, experiment: Experiment, *, number: int, steps: list[Path]) -> Stage:
+    """What a stage trains on; it follows from seed, number and proxies alone, so that a resumed run finds it again.
+
+    Args:
+        part: the training part.
+        number: of the stage, as `schedule.stages` counts.
+        steps: directories of the proxy steps made so far, the earliest first.
+    """
+    e = experiment
+    if e.protocol == "clean":
+        return Stage(training=Overlay(part, mode=e.overlay, steps=steps[-1:] if e.keep_proxies == "last" else steps))
+    if e.protocol == "thesis":
+        reads_proxies = schedule.parse(e.schedule)[number] == schedule.PROXY
+        pool = validated = Overlay(part, mode="append", steps=steps if reads_proxies else [])
+    else:
+        pool, validated = Overlay(part, mode="replace", steps=steps), part
+    seed = derived_seed(e.seed, "halves", number)
+    training, reported = halves(pool.labels, count=_count(len(part), e), seed=seed)
+    return Stage(
+        training=Drawn(base=pool, positions=training),
+        reported=Drawn(base=validated, positions=reported),
+        candidates=training[training < len(part)],
+    )
+
+
+def halves(labels: Tensor, *, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """``count`` positions drawn at random and halved, each class as evenly as its number allows.
+
+    Args:
+        labels: int64 [N], N >= count.
+
+    Returns:
+        int64 [count / 2 rounded up] and [count / 2 rounded down].
+    """
+    drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
+    by_class = drawn[labels[drawn].argsort(stable=True)]
+    return by_class[0::2], by_class[1::2]
+
+
+def draws(n: int, experiment: Experiment) -> int:
+    """Images per epoch, of ``n`` training images: the same in every stage, whatever proxies there are."""
+    return n if experiment.protocol == "clean" else -(-_count(n, experiment) // 2)
+
+
+def check(experiment: Experiment, n: int) -> None:
+    """Raises ParameterError where there is nothing to halve."""
+    if experiment.protocol != "clean" and _count(n, experiment) < 2:
+        allowed = f"it draws {_count(n, experiment)} of {n} images, and there must be two to halve; allowed is a larger one"
+        raise ParameterError("train_fraction", experiment.train_fraction, allowed)
+
+
+def _count(n: int, experiment: Experiment) -> int:
+    return round(experiment.train_fraction * n)

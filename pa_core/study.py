@@ -1,0 +1,331 @@
+"""Studies: arms under equal terms, from their files to figures/: ``python -m pa_core.study a`` or ``make study STUDY=a``.
+
+A study is a file of params/study/:
+
+    question: Is it the attention?
+    reference: plain                        # the arm that all others are compared with
+    seeds: 10                               # 0 to 9, for every arm
+    contrasts: [salient - shuffled]         # declared before the first run; only they are tested
+    contrast_seeds: 20                      # for the arms in them
+    arms:
+      plain: a/plain.yaml                   # a params file that stands for itself,
+      salient: {xai: gradcam}               # or parameters beside those of base
+    base: {schedule: "6,p,6"}
+    datasets: [CIFAR-10 (JPEG)]             # what tables call them; with several, an arm lists a file for each
+    may_differ: [lr]                        # what arms may differ in beyond proxies, schedule and augmentation
+    other_length: [plain longer]            # arms that by intent do not train for as many epochs as the reference
+    decomposition: [{arm: a, unmasked: b, honest: c}]
+
+Its runs are a sweep's. What comes of them is three files and a figure: figures/study_a_runs.csv has a row per run and metric, and
+figures/study_a.csv follows from it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pa_core import figures, statistics, sweep
+from pa_core.params import Experiment, ParameterError, home, nearest
+from pa_core.runs import RunError
+from pa_core.statistics import Contrast
+
+KEYS = "question reference seeds contrasts contrast_seeds arms base notebook datasets may_differ other_length decomposition".split()
+FREE = frozenset(
+    "xai xai_target cam_layer smooth schedule select fraction mask_region threshold_mode threshold max_share fill weight feather "
+    "overlay keep_proxies augment seed".split()
+)
+"""What arms may differ in; all else is equal, or the study's ``may_differ`` names it."""
+METRICS = ("test_accuracy", "reported_accuracy", "proxy_epochs")
+"""What is kept of a run. proxy_epochs is the cost of its proxy steps in epochs of its own training, by the clock."""
+SHARED = ("split_digest", "data_digest", "device_name")
+"""What the runs of one seed have in common, or they are no pairs."""
+BETWEEN = ": "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study file, checked.
+
+    Attributes:
+        name: of the file, without its ending.
+        sweep: its runs. An arm there is called ``DATASET: ARM``, because its files differ by dataset.
+        decomposition: see `statistics.decompose`; empty where there is none.
+    """
+
+    name: str
+    question: str
+    reference: str
+    contrasts: tuple[Contrast, ...]
+    decomposition: tuple[Mapping[str, str], ...]
+    sweep: sweep.Sweep
+
+
+def home_of_studies() -> Path:
+    return home() / "params" / "study"
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in home_of_studies().glob("*.yaml"))
+
+
+def read(name: str) -> Study:
+    """A study by its name in params/study/, or by its path.
+
+    Raises:
+        ParameterError: there is no such study, or something in it is not allowed: a key, a parameter, an arm that differs from
+            the reference in what it may not.
+    """
+    path = Path(name) if name.endswith(".yaml") else home_of_studies() / f"{name}.yaml"
+    if not path.is_file():
+        raise ParameterError("study", name, f"there is no such file{nearest(name, names())}; allowed is one of {', '.join(names())}, or a path")
+    content = sweep.read_yaml(path)
+    for key in content:
+        if key not in KEYS:
+            raise ParameterError(f"{path.stem}: {key}", content[key], f"there is no such key{nearest(key, KEYS)}; allowed are {', '.join(KEYS)}")
+    for key in ("reference", "seeds", "arms"):
+        if key not in content:
+            raise ParameterError(f"{path.stem}: {key}", None, "it is missing")
+    study = Study(
+        name=path.stem,
+        question=str(content.get("question", "")),
+        reference=str(content["reference"]),
+        contrasts=tuple(Contrast.parse(text) for text in content.get("contrasts", [])),
+        decomposition=tuple(content.get("decomposition", [])),
+        sweep=_sweep(path, content),
+    )
+    _check(study, content)
+    return study
+
+
+def _sweep(path: Path, content: Mapping[str, Any]) -> sweep.Sweep:
+    """All runs: those of the arms in contrasts have more seeds than the others."""
+    name, arms = path.stem, _arms(path, content)
+    most = content.get("contrast_seeds", content["seeds"])
+    contrasted = {name for text in content.get("contrasts", []) for name in (Contrast.parse(text).arm, Contrast.parse(text).against)}
+    parts = []
+    for seeds, among in ((most, True), (content["seeds"], False)):
+        chosen = {label: p for label, p in arms.items() if (split(label)[1] in contrasted) == among}
+        if chosen:
+            file = {"arms": chosen, "seeds": _seeds(name, seeds)} | {k: content[k] for k in ("notebook",) if k in content}
+            parts.append(sweep.expand(file, name=f"study_{name}", folder=path.absolute().parent))
+    jobs: dict[str, sweep.Job] = {}
+    for job in (job for part in parts for job in part.jobs):
+        known = jobs.get(job.key)
+        jobs[job.key] = replace(known, arms=(*known.arms, *job.arms)) if known else job
+    varied = tuple(dict.fromkeys(v for part in parts for v in part.varied if v == "seed"))
+    return replace(parts[0], jobs=tuple(jobs.values()), combinations=sum(p.combinations for p in parts), varied=varied)
+
+
+def _seeds(name: str, count: Any) -> list[int]:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ParameterError(f"{name}: seeds", count, "allowed is how many, a whole number of at least 1")
+    return list(range(count))
+
+
+def _arms(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """``DATASET: ARM`` -> parameters."""
+    base = content.get("base") or {}
+    base = sweep.read_yaml(path.parent / base) if isinstance(base, str) else base
+    named, arms = content.get("datasets"), {}
+    for arm, given in content["arms"].items():
+        files = given if isinstance(given, list) else [given]
+        if len(files) != len(named or [None]):
+            allowed = f"allowed is one set of parameters for each of {named or 'one dataset'}"
+            raise ParameterError(f"{path.stem}: arms.{arm}", given, allowed)
+        for number, each in enumerate(files):
+            values = sweep.read_yaml(path.parent / each) if isinstance(each, str) else base | (each or {})
+            dataset = named[number] if named else values.get("dataset", Experiment().dataset)
+            arms[f"{dataset}{BETWEEN}{arm}"] = values
+    return arms
+
+
+def split(label: str) -> tuple[str, str]:
+    """``"DATASET: ARM"`` -> (dataset, arm)."""
+    dataset, _, arm = label.partition(BETWEEN)
+    return dataset, arm
+
+
+def _check(study: Study, content: Mapping[str, Any]) -> None:
+    """Equal terms: within a dataset, arms differ only in what they may."""
+    by_label = {label: job.experiment for job in study.sweep.jobs for label in job.arms}
+    arms = {arm for _, arm in map(split, by_label)}
+    mentioned = [study.reference, *content.get("other_length", []), *(name for part in study.decomposition for name in part.values())]
+    for name in (*mentioned, *(name for c in study.contrasts for name in (c.arm, c.against))):
+        if name not in arms:
+            raise ParameterError(f"{study.name}: arm", name, f"there is no such arm{nearest(name, arms)}; allowed is one of {', '.join(sorted(arms))}")
+    free = FREE | set(content.get("may_differ", []))
+    for label, experiment in by_label.items():
+        dataset, arm = split(label)
+        reference = by_label[f"{dataset}{BETWEEN}{study.reference}"]
+        for name, value in experiment.to_dict().items():
+            if name not in free and value != getattr(reference, name):
+                allowed = f"the reference has {getattr(reference, name)!r}; allowed is the same, or may_differ: [{name}]"
+                raise ParameterError(f"{study.name}: {label}.{name}", value, allowed)
+        if experiment.length != reference.length and arm not in content.get("other_length", []):
+            allowed = f"it has {experiment.length} epochs and the reference {reference.length}; allowed are as many, or other_length: [{arm}]"
+            raise ParameterError(f"{study.name}: {label}.schedule", experiment.schedule, allowed)
+
+
+# Runs -> tables
+
+
+def collect(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
+    """A row per run and metric, with `statistics.RUN_COLUMNS`, from the table of the study's sweep.
+
+    Raises:
+        RunError: a run has not finished, or the runs of one seed do not share data, split and device.
+    """
+    undone = frame[frame["status"] != sweep.FINISHED]
+    if len(undone):
+        raise RunError(f"study {study.name} is not complete: {len(undone)} of {len(frame)} runs have not finished, {undone.iloc[0]['arm']} first")
+    labels = [split(label) for label in frame["arm"]]
+    frame = frame.assign(dataset=[dataset for dataset, _ in labels], arm=[arm for _, arm in labels], study=study.name)
+    for key, group in frame.groupby(["dataset", "model", "seed"]):
+        for name in SHARED:
+            if group[name].nunique(dropna=False) > 1:
+                raise RunError(f"study {study.name}: the runs of {key[0]}, seed {key[2]}, differ in {name}, so that they are no pairs")
+    frame["proxy_epochs"] = frame["proxy_seconds"] / (frame["train_seconds"] / frame["epochs"])
+    long = frame.melt(
+        id_vars=["study", "dataset", "model", "arm", "seed", "digest"], value_vars=METRICS, var_name="metric", value_name="value"
+    )
+    order = {name: position for position, name in enumerate(dict.fromkeys(frame["arm"]))}
+    long = long.dropna(subset="value").assign(at=lambda rows: rows["arm"].map(order))
+    return long.sort_values(["dataset", "model", "metric", "at", "seed"], kind="stable")[list(statistics.RUN_COLUMNS)].reset_index(drop=True)
+
+
+def tables(study: Study, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What follows from the runs: ``study_a``, and ``study_a_decomposition`` where the study has one."""
+    made = {f"study_{study.name}": statistics.compare(runs, reference=study.reference, declared=study.contrasts)}
+    if study.decomposition:
+        made[f"study_{study.name}_decomposition"] = statistics.decompose(runs, study.decomposition)
+    return made
+
+
+def publish(study: Study, runs: pd.DataFrame, *, folder: str, used: Sequence[Any] = ()) -> list[Path]:
+    """Write study_X_runs.csv, and each table with its figure and provenance.
+
+    Returns:
+        The figures.
+    """
+    album = figures.Album(figures_dir=folder, command=f"make study STUDY={study.name}")
+    runs.to_csv(Path(folder) / f"study_{study.name}_runs.csv", index=False)
+    draw = {"decomposition": figures.decomposition}
+    made = []
+    for name, table in tables(study, runs).items():
+        figure, _ = draw.get(name.removeprefix(f"study_{study.name}_"), figures.forest)(table)
+        made.append(album.save(figure, name, table=table, used=used))
+    return made
+
+
+# Running
+
+
+def expected(study: Study, *, workers: int, threads: int) -> float | None:
+    """Seconds that the runs to do will take, about: from finished runs of the same datasets and models, else from a trial of each."""
+    todo = [job for job in study.sweep.jobs if job.key not in sweep.finished(study.sweep)]
+    known = sweep.estimate(study.sweep, todo, workers=workers)
+    if known is not None or not todo:
+        return known
+    rates: dict[tuple, float] = {}
+    total = 0.0
+    for job in todo:
+        e = job.experiment
+        what = (e.dataset, e.data_dir, e.model, e.image_size, e.batch_size, e.train_fraction, e.protocol)
+        if what not in rates:
+            rates[what] = _seconds_per_epoch(e, threads=threads)
+        total += rates[what] * e.length + sweep.START_SECONDS
+    return total / max(1, min(workers, len(todo)))
+
+
+TRIAL_STEPS = 10
+
+
+def _seconds_per_epoch(experiment: Experiment, *, threads: int) -> float:
+    """Of training and validation, from some steps of training after some to warm up. Nothing is stored."""
+    import torch
+
+    from pa_core import protocol, train
+    from pa_core.experiment import prepare
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ready = prepare(experiment)
+        part, size = ready.dataset.train, experiment.batch_size if experiment.batch_size != "auto" else 64
+        state = train.create_state(ready.model, experiment, total_steps=10**6, device=ready.device, dtype=ready.dtype)
+        options = {"batch_size": size, "kinds": experiment.augment, "label_smoothing": 0.0, "seed": 0}
+        draws = min(len(part), TRIAL_STEPS * size)
+        rate = [train.train_one_epoch(state, part, draws=draws, **options)["images_per_second"] for _ in range(2)][-1]
+    finally:
+        torch.set_num_threads(before)
+    # a forward pass is about a third of a training step
+    return (protocol.draws(len(part), experiment) + len(ready.dataset.val) / 3) / rate
+
+
+def run(name: str, *, folder: str | None = None, workers: int | None = None, threads: int | None = None, log: sweep.Log = sweep.say) -> list[Path]:
+    """Make a study's runs as far as they are missing, and then its tables and figures.
+
+    Args:
+        folder: where those go; figures/ of the repository by default.
+        workers, threads: as for `sweep.run`.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ParameterError: the study is refused.
+        RunError: runs failed, or are no pairs; nothing in the folder is changed.
+    """
+    from pa_core import results
+
+    study = read(name)
+    log(f"study {study.name}: {study.question}" if study.question else f"study {study.name}")
+    cpu = all(job.experiment.device == "cpu" for job in study.sweep.jobs)
+    here = sweep.machine(workers=workers, threads=threads, cpu=cpu)
+    seconds = expected(study, workers=here.workers, threads=here.threads)
+    log(f"{len(study.sweep.jobs)} runs; those that are missing take about {sweep.duration(seconds or 0)} here")
+    frame = sweep.run(study.sweep, workers=workers, threads=threads, log=log)
+    runs_dir = study.sweep.jobs[0].experiment.runs_dir
+    runs = collect(study, frame)
+    used = [results.open_run(run, runs_dir) for run in dict.fromkeys(frame["run"])]
+    return publish(study, runs, folder=folder or str(home() / "figures"), used=used)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Exit status: 0 when the study is complete, 1 when runs failed, 2 when it is refused, 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m pa_core.study", description="Make a study of params/study/.")
+    parser.add_argument("study", help=f"one of {', '.join(names())}, or the path of a study file")
+    parser.add_argument("--estimate", action="store_true", help="only say how long the missing runs take")
+    parser.add_argument("--folder", help="where tables and figures go; figures/ by default")
+    parser.add_argument("--workers", type=sweep.positive, help="runs at a time; by default one per GPU, or per core")
+    parser.add_argument("--threads", type=sweep.positive, help="threads of each run")
+    arguments = parser.parse_args(words)
+    try:
+        if arguments.estimate:
+            study, here = read(arguments.study), sweep.machine(workers=arguments.workers, threads=arguments.threads)
+            seconds = expected(study, workers=here.workers, threads=here.threads)
+            print(f"study {study.name}: {len(study.sweep.jobs)} runs; those that are missing take about {sweep.duration(seconds or 0)} here")
+            return 0
+        for path in run(arguments.study, folder=arguments.folder, workers=arguments.workers, threads=arguments.threads):
+            print(path)
+    except ParameterError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""Studies: equal terms, from their files to figures, and committed tables that follow from committed runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pa_core import experiment, figures, masking, statistics, study, sweep, train
+from pa_core.attribution import heatmaps
+from pa_core.models import create
+from pa_core.params import Experiment, ParameterError, home
+from pa_core.runs import RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = {"log": lambda _text: None}
+
+
+# The committed study files
+
+
+@pytest.mark.parametrize("name", study.names())
+def test_every_study_file_is_a_study(name):
+    read = study.read(name)
+    seeds = {}
+    for job in read.sweep.jobs:
+        for label in job.arms:
+            seeds.setdefault(study.split(label)[1], set()).add(job.experiment.seed)
+    assert read.question and read.reference in seeds
+    assert all(found == set(range(len(found))) for found in seeds.values())
+
+
+def test_the_primary_study_has_its_arms_contrasts_and_seeds():
+    read = study.read("a")
+    assert [str(c) for c in read.contrasts] == ["salient - shuffled", "salient - plain", "salient - random erasing"]
+    count = pd.Series([study.split(label)[1] for job in read.sweep.jobs for label in job.arms]).value_counts()
+    confirmatory = {"plain", "salient", "shuffled", "random erasing"}
+    assert {arm: n for arm, n in count.items() if arm in confirmatory} == dict.fromkeys(confirmatory, 20)
+    assert (count.drop(list(confirmatory)) >= 10).all()
+    arms = {label: job.experiment for job in read.sweep.jobs for label in job.arms if job.experiment.seed == 0}
+    by = {study.split(label)[1]: e for label, e in arms.items()}
+    factorial = {(e.select, e.xai) for e in (by["salient"], by["shuffled"], by["random images salient"], by["random images shuffled"])}
+    assert factorial == {(s, x) for s in ("loss", "random") for x in ("gradcam", "shuffled")}
+    masked = [e for e in by.values() if "p" in e.schedule and e.fill != "none"]
+    assert len({(e.threshold_mode, e.threshold, e.fraction, e.fill, e.weight, e.schedule) for e in masked}) == 1
+    assert masked[0].threshold_mode == "quantile"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params" / "study").rglob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_an_arms_file_alone_is_the_studys_run(path):
+    name = path.relative_to(ROOT / "params" / "study").parts[0]
+    alone = replace(Experiment.from_yaml(path), seed=3)
+    assert alone in [job.experiment for job in study.read(name).sweep.jobs]
+
+
+# Equal terms
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """4 classes with 50 noise images each: 128 for training."""
+    path, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for label in range(4):
+        (path / f"class_{label}").mkdir()
+        for number in range(50):
+            pixels = generator.integers(0, 200, (32, 32, 3)) + 10 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(path / f"class_{label}" / f"{number}.png")
+    return path
+
+
+SHORT = {"18": "3", "20": "4", "6,p,6,p,6": "1,p,1,p,1"}
+
+
+def test_all_arms_get_the_same_split_draws_steps_and_learning_rates(folder, tmp_path, monkeypatch):
+    """The arms of study A as they are, except that data and schedules are small."""
+    monkeypatch.setenv("PA_DATA", str(tmp_path / "data"))
+    orders, real = [], train.batches
+
+    def watching(n, **keywords):
+        made = list(real(n, **keywords))
+        orders.append((n, [batch.tolist() for batch in made]))
+        return iter(made)
+
+    monkeypatch.setattr(train, "batches", watching)
+    seen = {}
+    for path in sorted((ROOT / "params" / "study" / "a").glob("*.yaml")):
+        e = Experiment.from_yaml(path)
+        small = {"dataset": "folder", "data_dir": str(folder), "batch_size": 16, "seed": 1, "runs_dir": str(tmp_path / "runs")}
+        orders.clear()
+        run = experiment.run(replace(e, schedule=SHORT[e.schedule], **small), **QUIET)
+        lr, manifest = run.metrics["lr"].tolist(), run.manifest
+        seen[path.stem] = {
+            "split": manifest["split_digest"], "batch": manifest["batch_size"], "n": manifest["n_train"], "lr": lr,
+            "sizes": [[len(batch) for batch in batches] for _, batches in orders], "order": [b for n, b in orders if n == 128],
+            "proxies": run.summary["proxy_images"], "share": run.summary["masked_share"],
+        }  # fmt: skip
+    longer, plain = seen.pop("plain_longer"), seen["plain"]
+    assert longer["split"] == plain["split"] and len(longer["sizes"]) == 4 and longer["order"][:3] == plain["order"]
+    for name, arm in seen.items():
+        for what in ("split", "batch", "n", "lr", "sizes"):
+            assert arm[what] == plain[what], f"{name} differs in {what}"
+        if name not in ("append", "duplicates"):  # there an epoch draws as many of more
+            assert arm["order"] == plain["order"], name
+    assert seen["append"]["order"] == seen["duplicates"]["order"] == plain["order"][:1]
+    dose = {name: (arm["proxies"], arm["share"]) for name, arm in seen.items() if arm["share"]}
+    assert len(dose) == 9 and set(dose.values()) == {(2 * 26, 0.25)}
+
+
+def test_a_rectangle_has_the_dose_of_the_other_masks():
+    model = create("test_resnet", classes=4, image_size=32)
+    maps = heatmaps(model, torch.rand(40, 3, 32, 32), method="rectangle", ids=[str(i) for i in range(40)], seed=5)
+    mask = masking.region(maps, threshold_mode="quantile", threshold=0.75)
+    assert (mask.flatten(1).sum(1) == 256).all()
+    heights, widths = mask.any(2).sum(1), mask.any(1).sum(1)
+    # a rectangle, of which the last side may be thinned so that the share is exact
+    assert (256 <= heights * widths).all() and (heights * widths - 256 <= 2 * torch.maximum(heights, widths)).all()
+    assert len({tuple(m.flatten().tolist()) for m in mask}) >= 38
+    assert (heights > 1.5 * widths).any() and (widths > 1.5 * heights).any()
+    again = heatmaps(model, torch.rand(1, 3, 32, 32), method="rectangle", ids=["7"], seed=5)
+    assert torch.equal(again[0], maps[7])  # by seed and id alone
+
+
+def write(path: Path, **content) -> str:
+    arms = {"plain": {"schedule": "2"}, "masked": {"schedule": "1,p,1"}}
+    path.write_text(yaml.safe_dump({"question": "?", "reference": "plain", "seeds": 2, "arms": arms} | content, sort_keys=False))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {"plain": {}, "other": {"lr": 0.01}}}, ["other.lr", "0.01", "the reference has 0.001", "may_differ"]),
+        ({"arms": {"plain": {"schedule": "2"}, "longer": {"schedule": "3"}}}, ["longer.schedule", "3 epochs", "other_length"]),
+        ({"contrasts": ["masked - plane"]}, ["plane", "did you mean 'plain'"]),
+        ({"contrasts": ["masked"]}, ["contrasts", "' - '"]),
+        ({"reference": "nobody"}, ["nobody", "masked, plain"]),
+        ({"seeds": [0, 1]}, ["seeds", "whole number"]),
+        ({"seed": 3}, ["seed", "did you mean 'seeds'"]),
+        ({"arms": {"plain": {}, "odd": {"treshold": 1}}}, ["treshold", "did you mean 'threshold'"]),
+        ({"datasets": ["one", "two"]}, ["arms.plain", "one set of parameters for each"]),
+    ],
+)
+def test_unequal_terms_and_slips_are_refused(tmp_path, changes, words):
+    with pytest.raises(ParameterError) as error:
+        study.read(write(tmp_path / "x.yaml", **changes))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_what_may_differ_is_said_in_the_file(tmp_path):
+    arms = {"plain": {"schedule": "2"}, "other": {"schedule": "3", "lr": 0.01}}
+    read = study.read(write(tmp_path / "x.yaml", arms=arms, may_differ=["lr"], other_length=["other"]))
+    assert len(read.sweep.jobs) == 4
+    with pytest.raises(ParameterError, match="did you mean 'a'|allowed is one of"):
+        study.read("aa")
+
+
+# Runs -> tables -> figures
+
+
+def table(read: study.Study, *, effect: float = 0.02) -> pd.DataFrame:
+    """What the sweep of a study would return."""
+    states = {job.key: sweep.State(status=sweep.FINISHED) for job in read.sweep.jobs}
+    frame = sweep.table(read.sweep, states).drop(columns="run", errors="ignore")
+    noise = np.random.default_rng(0).normal(0, 0.004, len(frame))
+    frame["test_accuracy"] = 0.8 + 0.01 * frame["seed"] + noise + effect * frame["arm"].str.contains("salient|masked")
+    frame["reported_accuracy"] = np.where(frame["protocol"] == "clean", np.nan, frame["test_accuracy"] + 0.1)
+    frame["digest"] = [f"{i:064x}" for i in range(len(frame))]
+    frame["split_digest"] = [f"split {seed}" for seed in frame["seed"]]
+    fixed = {"run": "somewhere", "data_digest": "d", "device_name": "CPU", "proxy_seconds": 1.0, "train_seconds": 18.0, "epochs": 18}
+    return frame.assign(**fixed)
+
+
+def same(one: pd.DataFrame, other: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(one, other, check_dtype=False, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["a", "c", "e"])
+def test_the_published_tables_follow_from_the_published_runs(name, tmp_path):
+    read = study.read(name)
+    made = study.publish(read, study.collect(read, table(read)), folder=str(tmp_path))
+    runs = pd.read_csv(tmp_path / f"study_{name}_runs.csv")
+    assert list(runs.columns) == list(statistics.RUN_COLUMNS)
+    for stem, recomputed in study.tables(read, runs).items():
+        same(recomputed, pd.read_csv(tmp_path / f"{stem}.csv"))
+        for ending in ("png", "svg", "csv", "json"):
+            assert (tmp_path / f"{stem}.{ending}").stat().st_size
+    assert [path.stem for path in made] == [f"study_{name}"] + ["study_c_decomposition"] * (name == "c")
+
+
+def test_a_study_says_what_it_found():
+    read = study.read("a")
+    made = study.tables(read, study.collect(read, table(read)))["study_a"].set_index(["metric", "arm", "against"])
+    row = made.loc["test_accuracy", "salient", "shuffled"]
+    assert row["n"] == 20 and row["declared"] and row["low"] < 0.02 < row["high"] and row["verdict"] == "higher"
+    assert row["p_holm"] >= row["p_value"] and row["p_value"] < 0.001
+    assert made.loc["test_accuracy", "cutmix", "plain"]["n"] == 10
+    assert made.loc["proxy_epochs", "salient", "plain"][["p_value", "verdict"]].isna().all()
+    assert made["p_holm"].notna().sum() == 3
+
+
+def test_runs_that_are_no_pairs_or_not_there_make_no_table(tmp_path):
+    read = study.read(write(tmp_path / "x.yaml"))
+    frame = table(read)
+    with pytest.raises(RunError, match="seed 1, differ in split_digest"):
+        study.collect(read, frame.assign(split_digest=["a", "b", "a", "c"]))
+    with pytest.raises(RunError, match="1 of 4 runs have not finished"):
+        study.collect(read, frame.assign(status=[*frame["status"][:3], sweep.FAILED]))
+
+
+COMMITTED = sorted((home() / "figures").glob("study_*_runs.csv"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_every_committed_study_follows_from_its_committed_runs(path):
+    read = study.read(path.stem.removeprefix("study_").removesuffix("_runs"))
+    for stem, recomputed in study.tables(read, pd.read_csv(path)).items():
+        same(recomputed, pd.read_csv(path.with_name(f"{stem}.csv")))
+
+
+def test_the_figures_draw_every_row():
+    read = study.read("c")
+    made = study.tables(read, study.collect(read, table(read)))
+    figure, shown = figures.forest(made["study_c"])
+    (ax,) = [ax for ax in figure.axes if ax.get_title()]
+    assert len(ax.get_yticks()) == len(shown) == 15
+    assert all("n = 5" in label.get_text() for label in ax.get_yticklabels())
+    parts = made["study_c_decomposition"]
+    figure, shown = figures.decomposition(parts)
+    bars = [bar for bar in figure.axes[0].patches]
+    assert len(bars) == len(shown) == 4 * 12
+    assert sorted(bar.get_width() for bar in bars) == pytest.approx(sorted(100 * parts["mean"]))
+    leaks = parts[parts["component"] == "leak"]
+    assert np.allclose(leaks["mean"], 0.1)
