@@ -153,6 +153,7 @@ def test_wrong_images_are_taken_in_random_order_and_not_the_worst_first():
     assert (chosen % 2 == 1).all() and chosen.max() < 150 and len(set(chosen.tolist())) == 38
     worst = torch.arange(149, 149 - 2 * 38, -2)
     assert set(chosen.tolist()) != set(worst.tolist())
+    assert set(chosen.tolist()) != set(range(1, 2 * 38, 2))  # nor the first ones
     assert torch.equal(chosen, selection.some_wrong(scores, among=among, fraction=0.5, seed=0))
     assert len(selection.some_wrong(scores, among=torch.arange(0, 150, 2), fraction=0.5, seed=0)) == 0
 
