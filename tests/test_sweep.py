@@ -232,7 +232,9 @@ class Lab:
         self.started: list[subprocess.Popen] = []
 
     def write(self, count: int) -> Path:
-        self.file.write_text(yaml.safe_dump({"base": {"schedule": "1", "device": "cpu"}, "seeds": list(range(count))}))
+        text = yaml.safe_dump({"base": {"schedule": "1", "device": "cpu"}, "seeds": list(range(count))})
+        if not self.file.exists() or self.file.read_text() != text:  # another sweep may be reading it
+            self.file.write_text(text)
         return self.file
 
     def behave(self, seed: int, how: str) -> None:
@@ -246,7 +248,8 @@ class Lab:
         """In a process, and process group, of its own."""
         script = self.stub / "start.py"
         main = f"pa_core.sweep._PAPERMILL = {STANDING_IN!r}; sys.exit(pa_core.sweep.main(sys.argv[1:]))"
-        script.write_text(f"import sys, pa_core.sweep\nif __name__ == '__main__':\n    {main}\n")
+        if not script.exists():
+            script.write_text(f"import sys, pa_core.sweep\nif __name__ == '__main__':\n    {main}\n")
         command = [sys.executable, str(script), str(self.write(count)), "--workers", "2"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self.started.append(subprocess.Popen(command, env=os.environ | self.environment, start_new_session=True, **pipes))
@@ -384,18 +387,17 @@ def test_each_run_has_a_gpu_of_its_own(lab, monkeypatch):
 def test_two_sweeps_that_share_runs_make_each_once(lab):
     for seed in range(4):
         lab.behave(seed, "wait")
-    made: dict[str, pd.DataFrame] = {}
-    threads = [threading.Thread(target=lambda n=name: made.update({n: lab.sweep(5)}), daemon=True) for name in "ab"]
-    for thread in threads:
-        thread.start()
+    both = [lab.start(5), lab.start(5)]
     lab.wait_for(4)  # two of each; each run has two processes, of which one waits for the other
     (lab.stub / "go").touch()
-    for thread in threads:
-        thread.join(300)
+    for process in both:
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and "5 of 5 finished, 0 failed" in printed, printed
     assert lab.trained == dict.fromkeys(range(5), 1)
-    columns = ["status", "run", "test_accuracy", "kept"]
-    pd.testing.assert_frame_equal(made["a"][columns], made["b"][columns])
-    assert list(made["a"]["status"]) == ["finished"] * 5
+    reports = [pd.read_csv(file) for file in lab.runs.glob("sweeps/seeds/*/report.csv")]
+    columns = ["seed", "status", "run", "test_accuracy", "kept"]
+    pd.testing.assert_frame_equal(reports[0][columns], reports[1][columns])
+    assert len(list(lab.runs.glob("*/notebook.ipynb"))) == 5
 
 
 def test_a_killed_sweep_leaves_no_process_and_its_successor_does_what_is_left(lab):
