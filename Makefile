@@ -89,8 +89,8 @@ figures: setup
 	echo "Figures: $$count in figures/quick/, each as .png and .svg with its .csv and .json"; \
 	echo "Executed notebooks: $$out/"
 
-# Two processes, each a whole file or notebook at a time; make test SPREAD= is one process.
-SPREAD ?= -n 2 --dist loadfile
+# Two processes, each a whole file at a time, the notebooks as one; make test SPREAD= is one process.
+SPREAD ?= -n 2
 
 # The notebooks get a runs folder of their own, so that every run in them is really made.
 test: setup
