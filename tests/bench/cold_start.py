@@ -1,7 +1,7 @@
 """From ``papermill notebooks/02_training.ipynb`` to the first training step, and where the seconds go.
 
 A fresh process with the embedded data and the default network. A run opens its TensorBoard folder right before the first step;
-papermill notes when each cell began. ``import pa_core`` is the median of seven processes, less an empty one.
+papermill notes when each cell began. ``import pa_core`` is the median of seven processes.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ def first_line(source: str) -> str:
 
 
 def importing(name: str) -> float:
-    def seconds(code: str) -> float:
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-        return time.perf_counter() - started
+    """Seconds of the import statement in a fresh process."""
+    code = f"import time; started = time.perf_counter(); import {name}; print(time.perf_counter() - started)"
 
-    return statistics.median(seconds(f"import {name}") - seconds("pass") for _ in range(7))
+    def seconds() -> float:
+        return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+    return statistics.median(seconds() for _ in range(7))

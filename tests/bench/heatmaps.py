@@ -52,7 +52,7 @@ def contenders(name: str, *, size: int, batch: int, method: str, device: torch.d
 
     def grad_cam() -> Tensor:
         # the package gives numpy arrays on the CPU, resized and scaled
-        return torch.from_numpy(other(input_tensor=images)).to(device)
+        return torch.from_numpy(other(input_tensor=images, targets=None)).to(device)
 
     known = forward().argmax(1)
 
