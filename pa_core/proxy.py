@@ -107,7 +107,8 @@ class Overlay:
         n = len(base)
         self.slot = torch.full((n,), -1)
         if mode == "replace":
-            self.slot[self.positions] = torch.arange(len(self.positions))
+            for start, some in zip(self._starts, positions, strict=False):  # one after the other: the later proxy wins
+                self.slot[some] = torch.arange(len(some)) + int(start)
             self.labels = base.labels
         else:
             self.slot = torch.cat([self.slot, torch.arange(len(self.positions))])
@@ -259,7 +260,7 @@ def choose(
         positions = selection.select(scores, by=e.select, fraction=e.fraction, seed=seed)
     else:
         positions = selection.some_wrong(scores, among=candidates, fraction=e.fraction, seed=seed)
-    dealt = attribution.METHODS[attribution.resolve(e.xai)].dealt
+    dealt = e.fill != "none" and attribution.METHODS[attribution.resolve(e.xai)].dealt
     if dealt and len(positions) == 1:
         positions = positions[:0]  # there is no other image whose map it could get; the log says that none was selected
     if maps is not None:

@@ -16,7 +16,7 @@ A study is a file of params/study/:
     other_length: [plain longer]            # arms that by intent do not train for as many epochs as the reference
     decomposition: [{arm: a, unmasked: b, honest: c}]
 
-Its runs are a sweep's. What comes of them is three files and a figure: figures/study_a_runs.csv has a row per run and metric, and
+Its runs are a sweep's, made without notebooks: they are the same runs that 03_proxy_loop makes of an arm's file. What comes of them is three files and a figure: figures/study_a_runs.csv has a row per run and metric, and
 figures/study_a.csv follows from it alone.
 """
 
@@ -36,7 +36,7 @@ from pa_core.params import Experiment, ParameterError, home, nearest
 from pa_core.runs import RunError
 from pa_core.statistics import Contrast
 
-KEYS = "question reference seeds contrasts contrast_seeds arms base notebook datasets may_differ other_length decomposition".split()
+KEYS = "question reference seeds contrasts contrast_seeds arms base datasets may_differ other_length decomposition".split()
 FREE = frozenset(
     "xai xai_target cam_layer smooth schedule select fraction mask_region threshold_mode threshold max_share fill weight feather "
     "overlay keep_proxies augment seed".split()
@@ -113,7 +113,7 @@ def _sweep(path: Path, content: Mapping[str, Any]) -> sweep.Sweep:
     for seeds, among in ((most, True), (content["seeds"], False)):
         chosen = {label: p for label, p in arms.items() if (split(label)[1] in contrasted) == among}
         if chosen:
-            file = {"arms": chosen, "seeds": _seeds(name, seeds)} | {k: content[k] for k in ("notebook",) if k in content}
+            file = {"arms": chosen, "seeds": _seeds(name, seeds), "notebook": "none"}
             parts.append(sweep.expand(file, name=f"study_{name}", folder=path.absolute().parent))
     jobs: dict[str, sweep.Job] = {}
     for job in (job for part in parts for job in part.jobs):

@@ -1,6 +1,6 @@
 """A file -> many runs: ``python -m pa_core.sweep params/sweeps/threshold.yaml``.
 
-    notebook: 03_proxy_loop           # a notebook of notebooks/, or the path of one; this is the default
+    notebook: 03_proxy_loop           # a notebook of notebooks/, the path of one, or none; this is the default
     base: {dataset: fashion_mini}     # parameters of every run, or the path of a params file
     grid: {threshold: [0.1, 0.4]}     # every combination of these values
     arms:                             # named sets of parameters
@@ -9,7 +9,8 @@
     seeds: [0, 1, 2]
 
 Every combination of grid, arms and seeds is a run, a `papermill` process on a Dask worker: of this machine, of a running
-Dask cluster, or of a batch system. What is finished is known by the runs' digests, so a sweep that was stopped in whatever way
+Dask cluster, or of a batch system. With ``notebook: none`` the worker itself makes the same run, without a kernel to start and a
+notebook to keep, which pays where runs take less than a minute. What is finished is known by the runs' digests, so a sweep that was stopped in whatever way
 is continued by the same command. Importing this module loads neither torch nor Dask.
 """
 
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -96,14 +98,14 @@ class Sweep:
 
     Attributes:
         name: of the file, without its ending.
-        notebook: path.
+        notebook: path; None where the worker itself makes the runs.
         jobs: the runs, each once.
         combinations: how many combinations of grid, arms and seeds there are, those that make the same run included.
         varied: the parameters that differ between jobs.
     """
 
     name: str
-    notebook: Path
+    notebook: Path | None
     jobs: tuple[Job, ...]
     combinations: int
     varied: tuple[str, ...]
@@ -269,15 +271,17 @@ def _job(name: str, values: Mapping[str, Any], origins: Mapping[str, str], arm: 
     return Job(experiment=experiment, names=tuple(values), arms=(arm,))
 
 
-def _notebook(name: str, value: Any, folder: Path) -> Path:
-    """A notebook of this repository by its name, or any by its path, from the sweep file or the working directory."""
+def _notebook(name: str, value: Any, folder: Path) -> Path | None:
+    """A notebook of this repository by its name, or any by its path, from the sweep file or the working directory; ``none``."""
     text = str(value)
+    if text == "none":
+        return None
     ending = "" if text.endswith(".ipynb") else ".ipynb"
     places = [home() / "notebooks" / f"{text}{ending}", folder / f"{text}{ending}", Path(f"{text}{ending}").absolute()]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         known = sorted(path.stem for path in (home() / "notebooks").glob("*.ipynb"))
-        raise _refusal(name, "notebook", value, f"there is no such file{nearest(text, known)}; allowed is one of {', '.join(known)}, or a path")
+        raise _refusal(name, "notebook", value, f"there is no such file{nearest(text, known)}; allowed is one of {', '.join(known)}, a path, or none")
     if not _parameter_cell(found):
         raise _refusal(name, "notebook", value, "it has no cell with the tag parameters, so that papermill could set none")
     return found
@@ -441,7 +445,9 @@ class Task:
     """What a worker needs to know of a job: plain values, so that it travels.
 
     Attributes:
-        arguments: of the Python interpreter.
+        arguments: of the Python interpreter; empty where the worker itself makes the run.
+        experiment: its parameters, then.
+        threads: of the run.
         output: the executed notebook.
         log: what the process prints.
         gpus: one of them is for this process, by the number of the worker; empty to leave that to the worker's environment.
@@ -449,6 +455,8 @@ class Task:
     """
 
     arguments: tuple[str, ...]
+    experiment: Mapping[str, Any]
+    threads: int
     output: Path
     log: Path
     folder: Path
@@ -555,6 +563,28 @@ def work(task: Task) -> tuple[str, str, float]:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code} and no error in a cell"
         raise Killed(f"its process {how}; the last it said: {last or 'nothing'}")
     return error, cell, time.perf_counter() - started
+
+
+def work_here(task: Task) -> tuple[str, str, float]:
+    """On a worker: make a job's run in this process. Returns what :func:`work` does; the traceback of an error is in the log."""
+    from distributed import get_worker
+
+    os.environ.update(task.environment)
+    if task.gpus:  # before CUDA is asked for anything; a worker keeps its GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = task.gpus[int(get_worker().name) % len(task.gpus)]
+    import torch
+
+    from pa_core import experiment
+
+    started = time.perf_counter()
+    torch.set_num_threads(task.threads)
+    with open(task.log, "a") as log:
+        try:
+            experiment.run(Experiment.from_mapping(task.experiment), log=lambda text: print(text, file=log, flush=True))
+        except Exception as error:  # whatever it is, it is this run's result, and the others go on
+            traceback.print_exc(file=log)
+            return f"{type(error).__name__}: {error}", "", time.perf_counter() - started
+    return "", "", time.perf_counter() - started
 
 
 def raised(notebook: Path) -> tuple[str, str]:
@@ -740,25 +770,33 @@ runpy.run_module("papermill", run_name="__main__", alter_sys=True)
 
 
 def _task(sweep: Sweep, job: Job, folder: Path, pool: _Workers) -> Task:
-    """The papermill process of a job; its notebook, log and figures stay in ``folder`` until the run is finished."""
-    extra = {"figures_dir": str(folder / f"{job.key}.figures")} if re.search(r"(?m)^figures_dir\s*=", _parameter_cell(sweep.notebook)) else {}
-    parameters, output = folder / f"{job.key}.yaml", folder / f"{job.key}.ipynb"
-    parameters.write_text(yaml.safe_dump(job.parameters | extra, sort_keys=False))
-    words = ["-c", _PAPERMILL, str(sweep.notebook), str(output), "-f", str(parameters), "--no-progress-bar"]
-    words += ["--log-level", "WARNING", "--stdout-file", "-", "--stderr-file", "-"]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    """A job as a worker takes it; its notebook, log and figures stay in ``folder`` until the run is finished."""
     number = str(pool.threads)
-    environment = {"OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number, "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
+    environment = {"OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number}
     environment |= {"PA_RUNS": str(runs_home().absolute()), "PA_DATA": str(data_home().absolute())}
-    return Task(
-        arguments=tuple(words),
-        output=output,
+    task = Task(
+        arguments=(),
+        experiment=job.parameters,
+        threads=pool.threads,
+        output=folder / f"{job.key}.ipynb",
         log=folder / f"{job.key}.log",
         folder=Path.cwd(),
         environment=environment,
         gpus=pool.gpus,
         plugin=folder.name,
     )
+    return replace(task, **_papermill(sweep.notebook, job, task)) if sweep.notebook else task
+
+
+def _papermill(notebook: Path, job: Job, task: Task) -> dict[str, Any]:
+    """Arguments and environment of its papermill process."""
+    places = {"figures_dir": str(task.output.with_suffix(".figures"))} if re.search(r"(?m)^figures_dir\s*=", _parameter_cell(notebook)) else {}
+    parameters = task.output.with_suffix(".yaml")
+    parameters.write_text(yaml.safe_dump(job.parameters | places, sort_keys=False))
+    words = ["-c", _PAPERMILL, str(notebook), str(task.output), "-f", str(parameters), "--no-progress-bar"]
+    words += ["--log-level", "WARNING", "--stdout-file", "-", "--stderr-file", "-"]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    return {"arguments": tuple(words), "environment": task.environment | {"PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}}
 
 
 def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _Places, folder: Path, pool: _Workers, log: Log) -> None:
@@ -775,7 +813,8 @@ def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _
     pool.client.register_plugin(_children(own=pool.own), name=folder.name)
     tasks = {job.key: _task(sweep, job, folder, pool) for job in todo}
     options = {"retries": ATTEMPTS - 1, "pure": False, "resources": dict(pool.resources) or None}
-    futures = {pool.client.submit(work, tasks[job.key], key=f"{folder.name}-{job.key}", **options): job for job in todo}
+    how = work if sweep.notebook else work_here
+    futures = {pool.client.submit(how, tasks[job.key], key=f"{folder.name}-{job.key}", **options): job for job in todo}
     started = time.perf_counter()
     try:
         for count, future in enumerate(as_completed(futures, loop=pool.client.loop), 1):
@@ -783,7 +822,7 @@ def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _
             state = _outcome(future, job, tasks[job.key], places)
             states[job.key] = state
             left = (time.perf_counter() - started) / count * (len(todo) - count)
-            what = f"{state.error}, {state.cell}" if state.error else state.run.name
+            what = ", ".join(filter(None, [state.error, state.cell])) or state.run.name
             log(f"[{count}/{len(todo)}] {state.status}: {sweep.title(job)}: {what}" + (f"; about {duration(left)} left" if left else ""))
     except KeyboardInterrupt:
         log("interrupted: stopping the runs under way; the same command goes on from their checkpoints")
@@ -814,11 +853,12 @@ def _outcome(future: Any, job: Job, task: Task, places: _Places) -> State:
         return State(status=FAILED, error=" ".join(str(problem).split()), kept=str(task.output))
     error, cell, seconds = future.result()
     if error:
-        return State(status=FAILED, error=error, cell=cell, kept=str(task.output), seconds=seconds)
+        kept = task.output if task.arguments else task.log
+        return State(status=FAILED, error=error, cell=cell, kept=str(kept), seconds=seconds)
     path = places(job.experiment)
     manifest = path / "manifest.json"
     if not manifest.is_file() or json.loads(manifest.read_text()).get("status") != FINISHED:
-        problem = f"the notebook ended, but did not make its run {path.name}"
+        problem = f"it ended, but did not make its run {path.name}"
         return State(status=FAILED, error=problem, kept=str(task.output), seconds=seconds)
     return State(status=FINISHED, run=path, kept=_keep(task, path), seconds=seconds)
 
@@ -831,7 +871,7 @@ def _keep(task: Task, path: Path) -> str:
             os.replace(source, target)
     for left in (*places, task.log, task.output.with_suffix(".yaml")):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    return str(path / "notebook.ipynb")
+    return str(path / "notebook.ipynb") if task.arguments else str(path)
 
 
 def _many(count: int, noun: str) -> str:
