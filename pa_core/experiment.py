@@ -543,8 +543,10 @@ class Reopened:
         return make_proxies(self.model, self.dataset.train, self.experiment, choice[:count], device=device)
 
     def _choose(self) -> tuple[Choice, selection.Scores]:
-        device = next(self.model.parameters()).device
-        return choose(self.model, self.dataset.train, self.experiment, step=1, device=device, dtype=torch.float32)
+        part, device = self.dataset.train, next(self.model.parameters()).device
+        # the predecessor chooses among those of a stage, here among all
+        candidates = None if self.experiment.protocol == "clean" else torch.arange(len(part))
+        return choose(self.model, part, self.experiment, step=1, device=device, dtype=torch.float32, candidates=candidates)
 
 
 def reopen(run: Run, experiment: Experiment | None = None, *, device: str = "auto") -> Reopened:

@@ -465,12 +465,50 @@ def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> tuple[Figur
 
 
 @styled
+def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapping[str, str]]) -> tuple[Figure, pd.DataFrame]:
+    """A study of one parameter at a time: a panel per parameter, the difference to the reference over its values, with intervals.
+
+    Args:
+        table: of `statistics.compare`, or a committed study_X.csv, of one dataset and model.
+        around: the arm that stands in every panel.
+        values: parameter -> arm -> its value there, in the order to draw.
+    """
+    shown = table[(table["metric"] == "test_accuracy") & table["difference"].notna()]
+    values = {name: {arm: v for arm, v in arms.items() if arm in set(shown["arm"])} for name, arms in values.items()}
+    if shown.empty or not any(values.values()):
+        return _nothing("no two arms of the study share a seed"), shown
+    rows, reference = shown.set_index("arm"), shown["against"].iloc[0]
+    widths = [len(arms) + 0.5 for arms in values.values()]
+    figure, axes = _new(1, len(values), width=0.62 * sum(widths) + 1.2, height=3.4, sharey=True, width_ratios=widths)
+    for ax, (name, arms) in zip(axes.flat, values.items(), strict=True):
+        ax.axhspan(-100 * MARGIN, 100 * MARGIN, color=GREY, alpha=0.2, lw=0)
+        ax.axhline(0, color=GREY, lw=0.8)
+        for place, arm in enumerate(arms):
+            colour, row = ORANGE if arm == around else BLUE, rows.loc[arm]
+            ax.plot([place, place], [100 * row["low"], 100 * row["high"]], color=colour, lw=1.5)
+            ax.plot(place, 100 * row["difference"], marker="o", ms=4, color=colour)
+        turned = any(len(value) > 5 for value in arms.values())
+        ax.set_xticks(range(len(arms)), arms.values(), rotation=35 if turned else 0, ha="right" if turned else "center")
+        ax.set_xlim(-0.6, len(arms) - 0.4)
+        ax.set_title(name)
+    counts = sorted({int(n) for n in shown["n"]})
+    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    axes[0, 0].set_ylabel(f"test accuracy, difference to {reference}\nin points, 95 % interval ({n})")
+    handles = [matplotlib.lines.Line2D([], [], marker="o", ms=4, color=c, label=t) for c, t in ((ORANGE, f"{around}, in every panel"), (BLUE, "one parameter changed"))]
+    handles.append(matplotlib.patches.Patch(color=GREY, alpha=0.2, label="within half a point"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure, shown
+
+
+@styled
 def decomposition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """What a reported accuracy has beyond the honest one: a group of bars per arm, a bar per component, with intervals.
 
     Args:
         table: of `statistics.decompose`, or a committed study_X_decomposition.csv.
     """
+    if table.empty:
+        return _nothing("no arm of the decomposition has all its runs"), table
     arms = [(key, rows.set_index("component")) for key, rows in table.groupby(["dataset", "model", "arm"], sort=False)]
     colours = {"leak": RED, "extra data": ORANGE, "masking": BLUE, "total": GREY}
     figure, ((ax,),) = _new(1, 1, width=7.2, height=0.62 * len(arms) + 1.1)

@@ -8,16 +8,17 @@ import shlex
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pa_core import schedule
+from pa_core import schedule, statistics
 from pa_core.params import Experiment, ParameterError, nearest, runs_home
 from pa_core.runs import FINISHED, Run, RunError, code_version, read_json, read_metrics
+from pa_core.statistics import Contrast
 
 PARAMETERS = tuple(field.name for field in fields(Experiment))
 MEASURED = (
@@ -293,6 +294,47 @@ def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     measured = [f"{p}{n}{s}" for n in ("test_accuracy", "val_accuracy") for p, s in (("", ""), ("plain_", ""), ("", "_difference"))]
     merged["stale"] = merged["stale"] | merged["plain_stale"].astype(bool)
     return merged[["run", "plain_run", "stale", "dataset", "model", *_PROXY_PARAMETERS, "seed", *measured]]
+
+
+COMPARED = ("test_accuracy", "reported_accuracy", "proxy_epochs")
+"""What is compared of arms. proxy_epochs is the cost of a run's proxy steps in epochs of its own training, by the clock."""
+SHARED = ("split_digest", "data_digest", "device_name")
+"""What the runs of one seed have in common, or they are no pairs."""
+
+
+def runs_table(frame: pd.DataFrame, *, study: str = "") -> pd.DataFrame:
+    """A row per finished run and metric, with `statistics.RUN_COLUMNS`; see :func:`compare`."""
+    (arm,) = _known(frame, "frame", ["arm"])
+    done = _finished(frame).assign(study=study)
+    for (dataset, _, seed), group in done.groupby(["dataset", "model", "seed"], sort=False):
+        for name in SHARED:
+            if group[name].nunique(dropna=False) > 1:
+                raise RunError(f"the runs of {dataset}, seed {seed}, differ in {name}, so that they are no pairs: {', '.join(group[arm])}")
+    done["proxy_epochs"] = done["proxy_seconds"] / (done["train_seconds"] / done["epochs"])
+    keys = [name for name in statistics.RUN_COLUMNS if name not in ("metric", "value")]
+    long = done.melt(id_vars=keys, value_vars=COMPARED, var_name="metric", value_name="value").dropna(subset="value")
+    order = {name: position for position, name in enumerate(dict.fromkeys(frame[arm]))}
+    long = long.assign(at=long[arm].map(order)).sort_values(["dataset", "model", "metric", "at", "seed"], kind="stable")
+    return long[list(statistics.RUN_COLUMNS)].reset_index(drop=True)
+
+
+def compare(frame: pd.DataFrame, *, reference: str, declared: Iterable[Contrast | str] = (), study: str = "") -> pd.DataFrame:
+    """The arms of a sweep, paired by seed: differences with 95 % intervals, p-values, verdicts. See `statistics.compare`.
+
+    >>> frame = sweep.run("threshold.yaml")  # doctest: +SKIP
+    >>> results.compare(frame, reference="plain", declared=["proxies - plain"])  # doctest: +SKIP
+
+    Args:
+        frame: of `sweep.run`, or of :func:`load` with a column ``arm``; only finished runs count, a rerun of a run once.
+        reference: the arm that all others are compared with.
+        declared: contrasts, such as ``"proxies - plain"``, that were fixed before the first run.
+
+    Raises:
+        ParameterError: an arm does not exist, or a seed of an arm stands for two different runs.
+        RunError: the runs of one seed do not share data, split and device.
+    """
+    contrasts = [Contrast.parse(c) if isinstance(c, str) else c for c in declared]
+    return statistics.compare(runs_table(frame, study=study), reference=reference, declared=contrasts)
 
 
 def pair_of(frame: pd.DataFrame, run_name: str | None = None, runs_dir: str = "runs") -> tuple[Run | None, Run]:

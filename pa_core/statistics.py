@@ -233,4 +233,4 @@ def decompose(runs: pd.DataFrame, parts: Sequence[Mapping[str, str]]) -> pd.Data
                 mean, low, high = interval(differences.to_numpy())
                 common = dict(zip(("study", "dataset", "model"), key, strict=True))
                 rows.append(common | {"arm": arm, "component": name, "n": len(v), "mean": mean, "low": low, "high": high})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["study", "dataset", "model", "arm", "component", "n", "mean", "low", "high"])

@@ -15,6 +15,7 @@ A study is a file of params/study/:
     may_differ: [lr]                        # what arms may differ in beyond proxies, schedule and augmentation
     other_length: [plain longer]            # arms that by intent do not train for as many epochs as the reference
     decomposition: [{arm: a, unmasked: b, honest: c}]
+    around: salient                         # the other arms but the reference differ from this one in one parameter each
 
 Its runs are a sweep's, made without notebooks: they are the same runs that 03_proxy_loop makes of an arm's file. What comes of them is three files and a figure: figures/study_a_runs.csv has a row per run and metric, and
 figures/study_a.csv follows from it alone.
@@ -30,22 +31,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from pa_core import figures, statistics, sweep
+from pa_core import figures, results, statistics, sweep
 from pa_core.params import Experiment, ParameterError, home, nearest
 from pa_core.runs import RunError
 from pa_core.statistics import Contrast
 
-KEYS = "question reference seeds contrasts contrast_seeds arms base datasets may_differ other_length decomposition".split()
+KEYS = "question reference seeds contrasts contrast_seeds arms base datasets may_differ other_length decomposition around".split()
 FREE = frozenset(
     "xai xai_target cam_layer smooth schedule select fraction mask_region threshold_mode threshold max_share fill weight feather "
     "overlay keep_proxies augment seed".split()
 )
 """What arms may differ in; all else is equal, or the study's ``may_differ`` names it."""
-METRICS = ("test_accuracy", "reported_accuracy", "proxy_epochs")
-"""What is kept of a run. proxy_epochs is the cost of its proxy steps in epochs of its own training, by the clock."""
-SHARED = ("split_digest", "data_digest", "device_name")
-"""What the runs of one seed have in common, or they are no pairs."""
 BETWEEN = ": "
 
 
@@ -57,6 +55,7 @@ class Study:
         name: of the file, without its ending.
         sweep: its runs. An arm there is called ``DATASET: ARM``, because its files differ by dataset.
         decomposition: see `statistics.decompose`; empty where there is none.
+        around: the arm from which the others differ in one parameter each; empty where there is none.
     """
 
     name: str
@@ -64,6 +63,7 @@ class Study:
     reference: str
     contrasts: tuple[Contrast, ...]
     decomposition: tuple[Mapping[str, str], ...]
+    around: str
     sweep: sweep.Sweep
 
 
@@ -98,6 +98,7 @@ def read(name: str) -> Study:
         reference=str(content["reference"]),
         contrasts=tuple(Contrast.parse(text) for text in content.get("contrasts", [])),
         decomposition=tuple(content.get("decomposition", [])),
+        around=str(content.get("around", "")),
         sweep=_sweep(path, content),
     )
     _check(study, content)
@@ -156,7 +157,7 @@ def _check(study: Study, content: Mapping[str, Any]) -> None:
     """Equal terms: within a dataset, arms differ only in what they may."""
     by_label = {label: job.experiment for job in study.sweep.jobs for label in job.arms}
     arms = {arm for _, arm in map(split, by_label)}
-    mentioned = [study.reference, *content.get("other_length", []), *(name for part in study.decomposition for name in part.values())]
+    mentioned = [study.reference, *filter(None, [study.around]), *content.get("other_length", []), *(name for part in study.decomposition for name in part.values())]
     for name in (*mentioned, *(name for c in study.contrasts for name in (c.arm, c.against))):
         if name not in arms:
             raise ParameterError(f"{study.name}: arm", name, f"there is no such arm{nearest(name, arms)}; allowed is one of {', '.join(sorted(arms))}")
@@ -185,27 +186,64 @@ def collect(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
     undone = frame[frame["status"] != sweep.FINISHED]
     if len(undone):
         raise RunError(f"study {study.name} is not complete: {len(undone)} of {len(frame)} runs have not finished, {undone.iloc[0]['arm']} first")
+    return _runs_table(study, frame)
+
+
+def so_far(study: Study) -> pd.DataFrame:
+    """What :func:`collect` gives, of the runs that have finished until now; none is made."""
+    states = sweep.finished(study.sweep)
+    return _runs_table(study, sweep.table(study.sweep, states)) if states else pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
+
+
+def _runs_table(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
     labels = [split(label) for label in frame["arm"]]
-    frame = frame.assign(dataset=[dataset for dataset, _ in labels], arm=[arm for _, arm in labels], study=study.name)
-    for key, group in frame.groupby(["dataset", "model", "seed"]):
-        for name in SHARED:
-            if group[name].nunique(dropna=False) > 1:
-                raise RunError(f"study {study.name}: the runs of {key[0]}, seed {key[2]}, differ in {name}, so that they are no pairs")
-    frame["proxy_epochs"] = frame["proxy_seconds"] / (frame["train_seconds"] / frame["epochs"])
-    long = frame.melt(
-        id_vars=["study", "dataset", "model", "arm", "seed", "digest"], value_vars=METRICS, var_name="metric", value_name="value"
-    )
-    order = {name: position for position, name in enumerate(dict.fromkeys(frame["arm"]))}
-    long = long.dropna(subset="value").assign(at=lambda rows: rows["arm"].map(order))
-    return long.sort_values(["dataset", "model", "metric", "at", "seed"], kind="stable")[list(statistics.RUN_COLUMNS)].reset_index(drop=True)
+    frame = frame.assign(dataset=[dataset for dataset, _ in labels], arm=[arm for _, arm in labels])
+    return results.runs_table(frame, study=study.name)
+
+
+DECOMPOSITION = "_decomposition"
 
 
 def tables(study: Study, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """What follows from the runs: ``study_a``, and ``study_a_decomposition`` where the study has one."""
-    made = {f"study_{study.name}": statistics.compare(runs, reference=study.reference, declared=study.contrasts)}
+    """What follows from the runs: ``study_a``, and ``study_a_decomposition`` where the study has one.
+
+    Contrasts and parts whose arms have no run are left out, and so is everything where the reference has none.
+    """
+    arms = set(runs["arm"])
+    runs = runs if study.reference in arms else runs[:0]
+    declared = [c for c in study.contrasts if {c.arm, c.against} <= arms]
+    none = pd.DataFrame(columns=list(statistics.COLUMNS))
+    made = {f"study_{study.name}": statistics.compare(runs, reference=study.reference, declared=declared) if len(runs) else none}
     if study.decomposition:
-        made[f"study_{study.name}_decomposition"] = statistics.decompose(runs, study.decomposition)
+        parts = [part for part in study.decomposition if set(part.values()) <= arms]
+        made[f"study_{study.name}{DECOMPOSITION}"] = statistics.decompose(runs, parts)
     return made
+
+
+def draw(study: Study, name: str, table: pd.DataFrame) -> Figure:
+    """The figure of one of its tables."""
+    if name.endswith(DECOMPOSITION):
+        return figures.decomposition(table)[0]
+    return figures.one_at_a_time(table, around=study.around, values=_values(study))[0] if study.around else figures.forest(table)[0]
+
+
+def _values(study: Study) -> dict[str, dict[str, str]]:
+    """Parameter -> arm -> its value there: the arms that differ from ``around`` in that parameter alone, and ``around`` itself.
+
+    Numbers ascend; others stand as in the file.
+    """
+    arms = {split(label)[1]: job.experiment.effective() for job in study.sweep.jobs for label in job.arms if job.experiment.seed == 0}
+    centre, found = Experiment.from_mapping(arms[study.around]), {}
+    for arm, effective in arms.items():
+        here = Experiment.from_mapping(effective)
+        different = [name for name, value in here.to_dict().items() if value != getattr(centre, name)]
+        if arm != study.reference and len(different) == 1:
+            found.setdefault(different[0], {study.around: getattr(centre, different[0])})[arm] = getattr(here, different[0])
+    numeric = {name: all(isinstance(v, (int, float)) for v in values.values()) for name, values in found.items()}
+    return {
+        name: {arm: f"{v:g}" if numeric[name] else str(v) for arm, v in (sorted(values.items(), key=lambda i: i[1]) if numeric[name] else values.items())}
+        for name, values in found.items()
+    }
 
 
 def publish(study: Study, runs: pd.DataFrame, *, folder: str, used: Sequence[Any] = ()) -> list[Path]:
@@ -216,12 +254,62 @@ def publish(study: Study, runs: pd.DataFrame, *, folder: str, used: Sequence[Any
     """
     album = figures.Album(figures_dir=folder, command=f"make study STUDY={study.name}")
     runs.to_csv(Path(folder) / f"study_{study.name}_runs.csv", index=False)
-    draw = {"decomposition": figures.decomposition}
-    made = []
-    for name, table in tables(study, runs).items():
-        figure, _ = draw.get(name.removeprefix(f"study_{study.name}_"), figures.forest)(table)
-        made.append(album.save(figure, name, table=table, used=used))
-    return made
+    return [album.save(draw(study, name, table), name, table=table, used=used) for name, table in tables(study, runs).items()]
+
+
+# For notebooks
+
+COMMITTED, OWN = "committed", "runs"
+SOURCES = (COMMITTED, OWN)
+
+
+def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple[Figure, pd.DataFrame]:
+    """A figure of a study and the table behind it, without making a run.
+
+    Args:
+        name: ``study_a``, or ``study_c_decomposition``.
+        source: ``committed``, the table in figures/; or ``runs``, your own ones as far as they have finished.
+        runs_dir: where those lie.
+
+    Raises:
+        ParameterError: there is no such source or study, or its committed table is missing.
+    """
+    if source not in SOURCES:
+        raise ParameterError("studies", source, f"allowed is one of {', '.join(SOURCES)}{nearest(source, SOURCES)}")
+    study = read(name.removeprefix("study_").removesuffix(DECOMPOSITION))
+    if source == COMMITTED:
+        runs = committed_runs(study.name)
+    else:
+        jobs = [replace(job, experiment=replace(job.experiment, runs_dir=runs_dir)) for job in study.sweep.jobs]
+        runs = so_far(replace(study, sweep=replace(study.sweep, jobs=tuple(jobs))))
+    table = tables(study, runs)[name]
+    return draw(study, name, table), table
+
+
+def committed_runs(name: str) -> pd.DataFrame:
+    """figures/study_NAME_runs.csv of the repository, from which its tables and figures follow."""
+    path = home() / "figures" / f"study_{name}_runs.csv"
+    if not path.is_file():
+        raise ParameterError("study", name, f"its runs have not been committed; make study STUDY={name} makes them")
+    return pd.read_csv(path)
+
+
+def committed() -> list[str]:
+    """Names of the studies whose runs are committed."""
+    return [name for name in names() if (home() / "figures" / f"study_{name}_runs.csv").is_file()]
+
+
+def declared(*, source: str = COMMITTED, runs_dir: str = "runs") -> pd.DataFrame:
+    """The declared contrasts of all studies, and what may be said of them. Differences and intervals are in points.
+
+    Returns:
+        Columns study, dataset, contrast, n, difference, low, high, p_holm, verdict.
+    """
+    found = pd.concat([show(f"study_{name}", source=source, runs_dir=runs_dir)[1] for name in (committed() if source == COMMITTED else names())])
+    found = found[found["declared"].astype(bool)]
+    found = found.assign(contrast=found["arm"] + " - " + found["against"])
+    points = {name: 100 * found[name] for name in ("difference", "low", "high")}
+    return found.assign(**points)[["study", "dataset", "contrast", "n", *points, "p_holm", "verdict"]].reset_index(drop=True)
 
 
 # Running
@@ -283,8 +371,6 @@ def run(name: str, *, folder: str | None = None, workers: int | None = None, thr
         ParameterError: the study is refused.
         RunError: runs failed, or are no pairs; nothing in the folder is changed.
     """
-    from pa_core import results
-
     study = read(name)
     log(f"study {study.name}: {study.question}" if study.question else f"study {study.name}")
     cpu = all(job.experiment.device == "cpu" for job in study.sweep.jobs)

@@ -229,12 +229,12 @@ def test_the_figures_draw_every_row():
     made = study.tables(read, study.collect(read, table(read)))
     figure, shown = figures.forest(made["study_c"])
     (ax,) = [ax for ax in figure.axes if ax.get_title()]
-    assert len(ax.get_yticks()) == len(shown) == 15
+    assert len(ax.get_yticks()) == len(shown) == 19
     assert all("n = 5" in label.get_text() for label in ax.get_yticklabels())
     parts = made["study_c_decomposition"]
     figure, shown = figures.decomposition(parts)
     bars = [bar for bar in figure.axes[0].patches]
-    assert len(bars) == len(shown) == 4 * 12
+    assert len(bars) == len(shown) == 4 * 15
     assert sorted(bar.get_width() for bar in bars) == pytest.approx(sorted(100 * parts["mean"]))
     leaks = parts[parts["component"] == "leak"]
     assert np.allclose(leaks["mean"], 0.1)
