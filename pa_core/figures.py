@@ -74,8 +74,12 @@ class Album:
             raise ParameterError("figures_dir", self.figures_dir, allowed) from error
 
     @styled
-    def save(self, figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run | None] = ()) -> Path:
+    def save(self, figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run | None] = (), made_from: str = "") -> Path:
         """Write NAME.png, NAME.svg, NAME.csv (what was drawn) and NAME.json (which runs, code and command it came from).
+
+        Args:
+            used: the runs.
+            made_from: where the data come from, if not from runs that are at hand.
 
         Returns:
             The path of the png.
@@ -87,6 +91,7 @@ class Album:
         provenance = {
             "figure": name,
             "runs": [_origin(run) for run in used if run is not None],
+            **({"made_from": made_from} if made_from else {}),
             "git_commit": runs.git_commit(),
             "code_version": runs.code_version(),
             "command": self.command,

@@ -321,11 +321,12 @@ def runs_table(frame: pd.DataFrame, *, study: str = "") -> pd.DataFrame:
 def compare(frame: pd.DataFrame, *, reference: str, declared: Iterable[Contrast | str] = (), study: str = "") -> pd.DataFrame:
     """The arms of a sweep, paired by seed: differences with 95 % intervals, p-values, verdicts. See `statistics.compare`.
 
-    >>> frame = sweep.run("threshold.yaml")  # doctest: +SKIP
+    >>> frame = sweep.run("my_arms.yaml")  # doctest: +SKIP
     >>> results.compare(frame, reference="plain", declared=["proxies - plain"])  # doctest: +SKIP
 
     Args:
-        frame: of `sweep.run`, or of :func:`load` with a column ``arm``; only finished runs count, a rerun of a run once.
+        frame: of `sweep.run`, or of :func:`load` with a column ``arm``; only finished runs count, a rerun of a run once. An arm
+            that a grid splits up needs names of its own: ``frame.assign(arm=frame["arm"] + frame["threshold"].astype(str))``.
         reference: the arm that all others are compared with.
         declared: contrasts, such as ``"proxies - plain"``, that were fixed before the first run.
 
@@ -365,11 +366,12 @@ def open_run(name: str, runs_dir: str = "runs") -> Run:
     return Run.load(runs_home(runs_dir) / Path(name))
 
 
-def command(notebook: str, runs_dir: str = "runs", run_name: str | None = None, images: str | None = None) -> str:
+def command(notebook: str, runs_dir: str = "runs", run_name: str | None = None, images: str | None = None, studies: str = "committed") -> str:
     """The papermill command that draws the analysis again."""
     options = [f"-p runs_dir {shlex.quote(runs_dir)}"] if runs_dir != "runs" else []
     options += [f"-p run_name {shlex.quote(run_name)}"] if run_name else []
     options += [f"-p images {shlex.quote(str(images))}"] if images else []
+    options += [f"-p studies {shlex.quote(str(studies))}"] if studies != "committed" else []
     return " ".join([f"papermill notebooks/{notebook}.ipynb {notebook}.out.ipynb", *options])
 
 

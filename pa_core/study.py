@@ -328,7 +328,7 @@ def expected(study: Study, *, workers: int, threads: int) -> float | None:
         what = (e.dataset, e.data_dir, e.model, e.image_size, e.batch_size, e.train_fraction, e.protocol)
         if what not in rates:
             rates[what] = _seconds_per_epoch(e, threads=threads)
-        total += rates[what] * e.length + sweep.START_SECONDS
+        total += rates[what] * e.length + sweep.start_seconds(study.sweep)
     return total / max(1, min(workers, len(todo)))
 
 

@@ -380,7 +380,7 @@ def table(sweep: Sweep, states: Mapping[str, State]) -> pd.DataFrame:
 
 
 def estimate(sweep: Sweep, jobs: Sequence[Job], *, workers: int) -> float | None:
-    """Seconds that these jobs will take, from the finished runs of the same datasets and models; None where some have none."""
+    """Seconds that these jobs will take, from the finished runs of the same data, models and protocols; None where some have none."""
     if not any(runs_home(sweep.jobs[0].experiment.runs_dir).glob("*/manifest.json")):
         return None
     from pa_core import results  # loads torch
@@ -388,14 +388,25 @@ def estimate(sweep: Sweep, jobs: Sequence[Job], *, workers: int) -> float | None
     frame = results.load(sweep.jobs[0].experiment.runs_dir)
     done = frame[(frame["status"] == FINISHED) & (frame["epochs"] > 0)]
     each = (done["train_seconds"] + done["proxy_seconds"]) / done["epochs"]
-    per_epoch = each.groupby([done["dataset"], done["model"]]).median()
-    seconds = [per_epoch.get((j.experiment.dataset, j.experiment.model), float("nan")) * j.experiment.length for j in jobs]
-    total = sum(seconds) + START_SECONDS * len(jobs)
+    per_epoch = each.groupby([_alike(row) for row in done[list(ALIKE)].to_dict("records")]).median()
+    seconds = [per_epoch.get(_alike(j.experiment.to_dict()), float("nan")) * j.experiment.length for j in jobs]
+    total = sum(seconds) + start_seconds(sweep) * len(jobs)
     return None if total != total else max(total / max(1, min(workers, len(jobs))), max(seconds, default=0))
 
 
-START_SECONDS = 10
-"""What a run takes besides its epochs, about: kernel, imports, data, figures."""
+ALIKE = ("dataset", "data_dir", "model", "train_fraction", "protocol")
+"""What runs have in common whose epochs take about as long."""
+
+
+def _alike(parameters: Mapping[str, Any]) -> str:
+    known = {name: parameters[name] for name in ALIKE}
+    place = known["data_dir"] and Path(known["data_dir"]).expanduser().absolute()  # as a run's manifest has it
+    return str([known | {"data_dir": str(place)}])
+
+
+def start_seconds(sweep: Sweep) -> float:
+    """What a run takes besides its epochs, about: data and test images; with a notebook also kernel, imports and figures."""
+    return 10 if sweep.notebook else 2
 
 
 # Workers

@@ -37,6 +37,7 @@ def cell(**output: object) -> dict:
 
 
 note("started", f"{os.getpid()} {os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+note("trim", str(os.environ.get("MALLOC_TRIM_THRESHOLD_")))
 behaviour = stub / str(experiment.seed)
 what = behaviour.read_text() if behaviour.exists() else ""
 with FileLock(path / "lock"):

@@ -85,7 +85,7 @@ def test_every_parameter_is_explained_and_has_its_default(name):
     assert all(parameter["help"].strip() for parameter in shown.values())
     for parameter in shown.keys() & DEFAULTS.keys():
         assert ast.literal_eval(shown[parameter]["default"]) == DEFAULTS[parameter], parameter
-    assert shown.keys() - DEFAULTS.keys() <= {"figures_dir", "run_name", "images"}
+    assert shown.keys() - DEFAULTS.keys() <= {"figures_dir", "run_name", "images", "studies"}
     if name in ("02_training", "03_proxy_loop"):
         assert shown.keys() == DEFAULTS.keys() | {"figures_dir"}
 

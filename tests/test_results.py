@@ -325,3 +325,45 @@ def test_two_runs_are_compared_on_ones_own_images(trained, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(ParameterError, match="images"):
         experiment.compare(opened, tmp_path / "none")
+
+
+# Arms, paired by seed
+
+
+def swept(**changes: object) -> pd.DataFrame:
+    """What a sweep of two arms with three seeds returns, as far as it is compared."""
+    rows = []
+    for arm, accuracies in {"plain": (0.50, 0.60, 0.70), "proxies": (0.52, 0.61, 0.73)}.items():
+        for seed, accuracy in enumerate(accuracies):
+            shared = {"dataset": "d", "model": "m", "split_digest": f"split {seed}", "data_digest": "x", "device_name": "CPU"}
+            measured = {"test_accuracy": accuracy, "reported_accuracy": np.nan, "proxy_seconds": 2.0 * (arm == "proxies"), "train_seconds": 40.0}
+            rows.append({"arm": arm, "seed": seed, "status": "finished", "digest": f"{arm} {seed}", "epochs": 20} | shared | measured)
+    return pd.DataFrame(rows).assign(**changes)
+
+
+def test_arms_of_a_sweep_are_compared_by_seed():
+    table = results.compare(swept(), reference="plain", declared=["proxies - plain"]).set_index(["metric", "arm"])
+    row = table.loc["test_accuracy", "proxies"]
+    # differences 0.02, 0.01, 0.03: mean 0.02, sd 0.01, t(0.975, 2) = 4.302653
+    assert row["n"] == 3 and row["mean"] == pytest.approx(0.62) and row["difference"] == pytest.approx(0.02)
+    assert (row["low"], row["high"]) == pytest.approx((0.02 - 4.302653 * 0.01 / 3**0.5, 0.02 + 4.302653 * 0.01 / 3**0.5), abs=1e-6)
+    assert row["declared"] and row["verdict"] == "too few pairs" and np.isnan(row["p_value"])
+    assert table.loc["proxy_epochs", "proxies"]["mean"] == 1.0  # 2 s of proxy steps, and an epoch takes 2 s
+    assert "reported_accuracy" not in table.index.get_level_values("metric")
+
+
+def test_a_rerun_is_no_second_sample_and_an_unfinished_run_is_none():
+    frame = swept()
+    more = pd.concat([frame, frame.tail(1), frame.tail(1).assign(status="failed", seed=9, digest="other")])
+    pd.testing.assert_frame_equal(results.compare(more, reference="plain"), results.compare(frame, reference="plain"))
+
+
+def test_runs_that_are_no_pairs_are_not_compared():
+    with pytest.raises(RunError, match="the runs of d, seed 0, differ in split_digest"):
+        results.compare(swept(split_digest=list("abcdef")), reference="plain")
+    with pytest.raises(ParameterError, match="did you mean 'plain'"):
+        results.compare(swept(), reference="plane")
+    with pytest.raises(ParameterError, match="no such column"):
+        results.compare(swept().drop(columns="arm"), reference="plain")
+    with pytest.raises(ParameterError, match="stands there twice"):
+        results.compare(swept(seed=[0, 0, 2, 0, 1, 2], split_digest="s"), reference="plain")

@@ -238,3 +238,60 @@ def test_the_figures_draw_every_row():
     assert sorted(bar.get_width() for bar in bars) == pytest.approx(sorted(100 * parts["mean"]))
     leaks = parts[parts["component"] == "leak"]
     assert np.allclose(leaks["mean"], 0.1)
+
+
+def test_one_parameter_at_a_time_has_a_panel_each_around_the_same_arm():
+    read = study.read("f")
+    made = study.tables(read, study.collect(read, table(read)))["study_f"]
+    figure = study.draw(read, "study_f", made)
+    panels = {ax.get_title(): [label.get_text() for label in ax.get_xticklabels()] for ax in figure.axes}
+    assert panels == {
+        "threshold": ["0.5", "0.75", "0.9", "0.95"],
+        "weight": ["0.25", "0.5", "0.75", "1"],
+        "fraction": ["0.05", "0.2", "0.5", "1"],
+        "schedule": ["8,p,8,p,8", "12,p,12", "20,p,4", "4,p,20", "4,p,4,p,4,p,4,p,4,p,4"],
+        "fill": ["mean", "zero", "noise", "blur", "patch", "blend"],
+    }
+    salient = made[(made["arm"] == "salient") & (made["metric"] == "test_accuracy")].iloc[0]
+    for ax in figure.axes:
+        drawn = [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "o"]
+        assert any(value == pytest.approx(100 * salient["difference"]) for value in drawn), ax.get_title()
+        assert len(drawn) == len(panels[ax.get_title()])
+
+
+def test_a_study_is_drawn_as_far_as_its_runs_have_finished(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PA_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("PA_RUNS", str(tmp_path / "runs"))
+    base = {"dataset": "folder", "data_dir": str(folder), "batch_size": 16, "protocol": "thesis_text"}
+    part = [{"arm": "masked", "unmasked": "plain", "honest": "plain"}]
+    path = write(tmp_path / "some.yaml", base=base, datasets=["Noise"], contrasts=["masked - plain"], decomposition=part, other_length=["masked"])
+    read = study.read(path)
+    empty = study.tables(read, study.so_far(read))
+    assert [len(made) for made in empty.values()] == [0, 0]
+    for name, made in empty.items():
+        assert "no " in study.draw(read, name, made).axes[0].texts[0].get_text()
+    for job in read.sweep.jobs[:3]:
+        experiment.run(job.experiment, **QUIET)
+    made = study.tables(read, study.so_far(read))["study_some"].set_index(["metric", "arm"])
+    rows = made.loc["test_accuracy"]
+    assert dict(rows["n"]) == {"plain": 2, "masked": 1} and rows["dataset"].unique() == ["Noise"]
+    with pytest.raises(RunError, match="1 of 4 runs have not finished"):
+        study.collect(read, sweep.table(read.sweep, sweep.finished(read.sweep)))
+
+
+def test_what_is_shown_is_what_is_committed(tmp_path, monkeypatch):
+    read = study.read("a")
+    monkeypatch.setattr(study, "home", lambda: tmp_path)
+    monkeypatch.setattr(study, "read", lambda _name: read)
+    (tmp_path / "figures").mkdir()
+    with pytest.raises(ParameterError, match="make study STUDY=a makes them"):
+        study.show("study_a")
+    study.publish(read, study.collect(read, table(read)), folder=str(tmp_path / "figures"))
+    _, shown = study.show("study_a")
+    same(shown, pd.read_csv(tmp_path / "figures" / "study_a.csv"))
+    monkeypatch.setattr(study, "committed", lambda: ["a"])
+    found = study.declared()
+    assert list(found["contrast"]) == ["salient - shuffled", "salient - plain", "salient - random erasing"] and (found["n"] == 20).all()
+    assert found["low"].iloc[0] < found["difference"].iloc[0] == pytest.approx(100 * shown[shown["declared"]]["difference"].iloc[0])
+    with pytest.raises(ParameterError, match="studies = 'commited'.*did you mean 'committed'"):
+        study.show("study_a", source="commited")

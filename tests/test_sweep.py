@@ -17,10 +17,11 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+import torch
 import yaml
 
-from pa_core import data, models, results, sweep
-from pa_core.params import ParameterError, home
+from pa_core import data, experiment, models, results, sweep
+from pa_core.params import Experiment, ParameterError, home
 from pa_core.runs import Run
 
 pytest.importorskip("distributed")
@@ -318,6 +319,7 @@ def test_what_fails_is_reported_and_the_others_go_on(lab):
     tries = Counter(int(seed) for seed, *_ in lab.noted("started"))
     assert tries == {0: 1, 1: 1, 2: 2, 3: sweep.ATTEMPTS, 4: 1, 5: 1}  # an error of its own is final
     assert lab.trained == dict.fromkeys((0, 2, 4, 5), 1)
+    assert {value for _, value in lab.noted("trim")} == {"None"}  # what Dask sets for its workers costs training a third
     done = frame[frame["status"] == "finished"]
     assert done["test_accuracy"].between(0, 1).all() and done["test_accuracy"].nunique() == 4
     for name, kept in zip(done["run"], done["kept"], strict=True):
@@ -522,3 +524,36 @@ def test_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkey
     assert lines == ["sweep: 1 runs, 1 finished before, 0 to do"] and frame["run"][0] == path.name
     assert sweep.estimate(sweep.expand({"base": REAL, "seeds": [4]}), sweep.expand({"base": REAL, "seeds": [4]}).jobs, workers=1) > 10
     assert set(results.load()["run"]) == {path.name}
+
+
+def test_without_a_notebook_the_worker_makes_the_same_run(tmp_path):
+    """One of two is not finite, the other's worker is killed: the first is reported, the second ends as if nothing had been."""
+    base = {"train_fraction": 0.1, "schedule": "2,p,2", "device": "cpu", "runs_dir": str(tmp_path / "direct")}
+    file = {"notebook": "none", "base": base, "arms": {"not finite": {"lr": 1e30}, "fine": {}}}
+    frames: list[pd.DataFrame] = []
+    thread = threading.Thread(target=lambda: frames.append(sweep.run(file, workers=1, threads=1, log=lambda _text: None)))
+    thread.start()
+
+    def begun() -> bool:
+        fine = [path for path in (tmp_path / "direct").glob("*/checkpoint.pt") if path.parent.joinpath("metrics.jsonl").stat().st_size]
+        return bool(fine)
+
+    until(begun)
+    (worker,) = descendants(os.getpid())
+    worker.kill()
+    thread.join(300)
+    frame = frames[0].set_index("arm")
+    assert dict(frame["status"]) == {"fine": "finished", "not finite": "failed"}
+    failed = frame.loc["not finite"]
+    assert failed["error"].startswith("NonFiniteLoss: the loss is not finite in epoch 1") and failed["cell"] == ""
+    assert "Traceback" in Path(failed["kept"]).read_text()
+    made = tmp_path / "direct" / frame["run"]["fine"]
+    assert len(Run(made).manifest["resumed"]) == 1 and not (made / "notebook.ipynb").exists()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        here = experiment.run(Experiment.from_mapping(base | {"runs_dir": str(tmp_path / "here")}), log=lambda _text: None)
+    finally:
+        torch.set_num_threads(before)
+    assert here.path.name == made.name and timeless(here.summary) == timeless(Run(made).summary)
+    assert (here.path / "weights.safetensors").read_bytes() == (made / "weights.safetensors").read_bytes()
