@@ -462,7 +462,7 @@ def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> tuple[Figur
             ax.plot(100 * row.difference, place, marker="o", ms=4, color=colour)
         ax.set_yticks(y, [f"{_short(f'{row.arm} − {row.against}', 44)}  (n = {row.n})" for row in rows.itertuples()])
         ax.set_title(f"{dataset}, {model}")
-        ax.set_xlabel("difference in points, 95 % interval")
+        ax.set_xlabel("difference in test accuracy, in points, 95 % interval")
     handles = [matplotlib.lines.Line2D([], [], marker="o", ms=4, color=c, label=t) for c, t in ((ORANGE, "declared"), (BLUE, "descriptive"))]
     handles.append(matplotlib.patches.Patch(color=GREY, alpha=0.2, label="within half a point"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
@@ -484,7 +484,7 @@ def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapp
         return _nothing("no two arms of the study share a seed"), shown
     rows, reference = shown.set_index("arm"), shown["against"].iloc[0]
     widths = [len(arms) + 0.5 for arms in values.values()]
-    figure, axes = _new(1, len(values), width=0.62 * sum(widths) + 1.2, height=3.4, sharey=True, width_ratios=widths)
+    figure, axes = _new(1, len(values), width=0.62 * sum(widths) + 1.2, height=3.8, sharey=True, width_ratios=widths)
     for ax, (name, arms) in zip(axes.flat, values.items(), strict=True):
         ax.axhspan(-100 * MARGIN, 100 * MARGIN, color=GREY, alpha=0.2, lw=0)
         ax.axhline(0, color=GREY, lw=0.8)
@@ -507,29 +507,34 @@ def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapp
 
 @styled
 def decomposition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """What a reported accuracy has beyond the honest one: a group of bars per arm, a bar per component, with intervals.
+    """What a reported accuracy has beyond the honest one: a panel per honest arm, a group of bars per arm, with intervals.
 
     Args:
         table: of `statistics.decompose`, or a committed study_X_decomposition.csv.
     """
     if table.empty:
         return _nothing("no arm of the decomposition has all its runs"), table
-    arms = [(key, rows.set_index("component")) for key, rows in table.groupby(["dataset", "model", "arm"], sort=False)]
+    panels = [
+        (key, [(arm, rows.set_index("component")) for arm, rows in group.groupby("arm", sort=False)])
+        for key, group in table.groupby(["dataset", "model", "honest"], sort=False)
+    ]
     colours = {"leak": RED, "extra data": ORANGE, "masking": BLUE, "total": GREY}
-    figure, ((ax,),) = _new(1, 1, width=7.2, height=0.62 * len(arms) + 1.1)
-    for i, (_, rows) in enumerate(arms):
-        for k, (name, colour) in enumerate(colours.items()):
-            row, place = rows.loc[name], len(arms) - i - 0.2 * k
-            ax.barh(place, 100 * row["mean"], height=0.18, color=colour, label=name if i == 0 else None)
-            ax.plot([100 * row["low"], 100 * row["high"]], [place, place], color="black", lw=0.9)
-    several = table["dataset"].nunique() > 1
-    labels = [f"{dataset}, {arm}" if several else arm for (dataset, _, arm), _ in arms]
-    counts = [rows["n"].iloc[0] for _, rows in arms]
-    ax.set_yticks([len(arms) - i - 0.3 for i in range(len(arms))], [f"{_short(t, 40)}  (n = {n})" for t, n in zip(labels, counts, strict=True)])
-    ax.set_ylim(0.2, len(arms) + 0.3)
-    ax.axvline(0, color=GREY, lw=0.8)
-    ax.set_xlabel("reported minus honest accuracy, in points, with 95 % intervals")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    most = max(len(arms) for _, arms in panels)
+    figure, axes = _new(1, len(panels), width=4.4 * len(panels), height=0.62 * most + 1.5, sharex=True)
+    for ax, ((dataset, _, honest), arms) in zip(axes.flat, panels, strict=True):
+        for i, (_, rows) in enumerate(arms):
+            for k, (name, colour) in enumerate(colours.items()):
+                row, place = rows.loc[name], most - i - 0.2 * k
+                ax.barh(place, 100 * row["mean"], height=0.18, color=colour)
+                ax.plot([100 * row["low"], 100 * row["high"]], [place, place], color="black", lw=0.9)
+        ticks = [f"{_short(arm, 40)}\n(n = {rows['n'].iloc[0]})" for arm, rows in arms]
+        ax.set_yticks([most - i - 0.3 for i in range(len(arms))], ticks)
+        ax.set_ylim(0.2, most + 0.3)
+        ax.axvline(0, color=GREY, lw=0.8)
+        ax.set_title(f"{dataset}: beyond the test accuracy of\n{honest}")
+        ax.set_xlabel("points, 95 % interval")
+    handles = [matplotlib.patches.Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure, table
 
 

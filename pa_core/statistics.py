@@ -209,8 +209,8 @@ def decompose(runs: pd.DataFrame, parts: Sequence[Mapping[str, str]]) -> pd.Data
             ``honest`` (the single stage).
 
     Returns:
-        A row per dataset, model, arm and component: study, dataset, model, arm, component, n (seeds that all three have),
-        mean, low, high (95 % t interval).
+        A row per dataset, model, part and component: study, dataset, model, arm, unmasked, honest, component, n (seeds that all
+        three have), mean, low, high (95 % t interval).
     """
     rows = []
     for key, group in checked(runs).groupby(["study", "dataset", "model"], sort=False):
@@ -231,6 +231,6 @@ def decompose(runs: pd.DataFrame, parts: Sequence[Mapping[str, str]]) -> pd.Data
             }
             for name, differences in components.items():
                 mean, low, high = interval(differences.to_numpy())
-                common = dict(zip(("study", "dataset", "model"), key, strict=True))
-                rows.append(common | {"arm": arm, "component": name, "n": len(v), "mean": mean, "low": low, "high": high})
-    return pd.DataFrame(rows, columns=["study", "dataset", "model", "arm", "component", "n", "mean", "low", "high"])
+                common = dict(zip(("study", "dataset", "model"), key, strict=True)) | {"arm": arm, "unmasked": unmasked, "honest": honest}
+                rows.append(common | {"component": name, "n": len(v), "mean": mean, "low": low, "high": high})
+    return pd.DataFrame(rows, columns="study dataset model arm unmasked honest component n mean low high".split())

@@ -233,7 +233,8 @@ def test_the_figures_draw_every_row():
     assert all("n = 5" in label.get_text() for label in ax.get_yticklabels())
     parts = made["study_c_decomposition"]
     figure, shown = figures.decomposition(parts)
-    bars = [bar for bar in figure.axes[0].patches]
+    assert len(figure.axes) == 3
+    bars = [bar for ax in figure.axes for bar in ax.patches]
     assert len(bars) == len(shown) == 4 * 15
     assert sorted(bar.get_width() for bar in bars) == pytest.approx(sorted(100 * parts["mean"]))
     leaks = parts[parts["component"] == "leak"]
