@@ -317,7 +317,8 @@ def declared(*, source: str = COMMITTED, runs_dir: str = "runs") -> pd.DataFrame
 
 def expected(study: Study, *, workers: int, threads: int) -> float | None:
     """Seconds that the runs to do will take, about: from finished runs of the same datasets and models, else from a trial of each."""
-    todo = [job for job in study.sweep.jobs if job.key not in sweep.finished(study.sweep)]
+    there = sweep.finished(study.sweep)
+    todo = [job for job in study.sweep.jobs if job.key not in there]
     known = sweep.estimate(study.sweep, todo, workers=workers)
     if known is not None or not todo:
         return known

@@ -400,8 +400,8 @@ ALIKE = ("dataset", "data_dir", "model", "train_fraction", "protocol")
 
 def _alike(parameters: Mapping[str, Any]) -> str:
     known = {name: parameters[name] for name in ALIKE}
-    place = known["data_dir"] and Path(known["data_dir"]).expanduser().absolute()  # as a run's manifest has it
-    return str([known | {"data_dir": str(place)}])
+    place = known["data_dir"]  # NaN in a table of runs where there is none
+    return str(known | {"data_dir": str(Path(place).expanduser().absolute()) if isinstance(place, str) else None})
 
 
 def start_seconds(sweep: Sweep) -> float:

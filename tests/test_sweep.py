@@ -557,3 +557,19 @@ def test_without_a_notebook_the_worker_makes_the_same_run(tmp_path):
         torch.set_num_threads(before)
     assert here.path.name == made.name and timeless(here.summary) == timeless(Run(made).summary)
     assert (here.path / "weights.safetensors").read_bytes() == (made / "weights.safetensors").read_bytes()
+
+
+def test_the_time_of_runs_is_estimated_from_runs_on_the_same_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("PA_RUNS", str(tmp_path))
+    measured = {"data_dir": [None, "/there/pets", "/there/cars"], "dataset": ["fashion_mini", "folder", "folder"], "train_seconds": [10.0, 20.0, 60.0]}
+    fixed = {"status": "finished", "epochs": 10, "proxy_seconds": 0.0, "model": "test_resnet", "train_fraction": 1.0, "protocol": "clean"}
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "manifest.json").touch()
+    monkeypatch.setattr(results, "load", lambda _runs_dir: pd.DataFrame(measured | fixed))
+    for place, each in ((None, 1.0), ("/there/pets", 2.0), ("/there/cars", 6.0)):
+        base = {"schedule": "10"} | ({"dataset": "folder", "data_dir": place} if place else {})
+        for notebook, start in (("03_proxy_loop", 10), ("none", 2)):
+            some = sweep.expand({"base": base, "seeds": [0, 1, 2, 3], "notebook": notebook})
+            assert sweep.estimate(some, some.jobs, workers=2) == 4 * (10 * each + start) / 2
+    other = sweep.expand({"base": {"dataset": "folder", "data_dir": "/there/boats"}, "seeds": [0]})
+    assert sweep.estimate(other, other.jobs, workers=2) is None
