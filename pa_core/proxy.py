@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -159,18 +159,21 @@ class Choice:
         targets: int64 [K], the classes to explain.
         maps: float32 [K, h, w], raw class activation maps on the CAM layer's grid, from the scoring pass; None where the
             method needs a pass of its own, or nothing is explained.
+        seed: of what is random in the proxies, together with the image id; another one for each step, so that a random
+            mask does not come again.
     """
 
     positions: Tensor
     targets: Tensor
     maps: Tensor | None
+    seed: int
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, rows: slice | Tensor) -> Choice:
         maps = None if self.maps is None else self.maps[rows]
-        return Choice(positions=self.positions[rows], targets=self.targets[rows], maps=maps)
+        return replace(self, positions=self.positions[rows], targets=self.targets[rows], maps=maps)
 
 
 def make_proxies(
@@ -203,8 +206,8 @@ def make_proxies(
         mask_region=e.mask_region,
         feather=e.feather,
         ids=ids,
-        seed=e.seed,
-        donors=donors(part, positions, seed=e.seed).to(device) if e.fill == "patch" else None,
+        seed=choice.seed,
+        donors=donors(part, positions, seed=choice.seed).to(device) if e.fill == "patch" else None,
     )
     return Proxies(originals=originals.cpu(), maps=maps.cpu(), mask=mask.cpu(), images=masking.to_uint8(changed).cpu())
 
@@ -218,7 +221,7 @@ def _heatmaps(
     target = choice.targets.to(device)
     images = images.contiguous(memory_format=memory_format(device))  # as in training
     with autocast(device, dtype):
-        return attribution.heatmaps(model, images, method=e.xai, target=target, smooth=e.smooth, ids=ids, seed=e.seed)
+        return attribution.heatmaps(model, images, method=e.xai, target=target, smooth=e.smooth, ids=ids, seed=choice.seed)
 
 
 def donors(part: Part, positions: Tensor, *, seed: int) -> Tensor:
@@ -268,7 +271,7 @@ def choose(
         if dealt and len(positions):
             maps = maps[attribution.derangement([part.ids[i] for i in positions.tolist()], e.seed).to(maps.device)]
     explained = scores.predicted if e.xai_target == "predicted" else scores.labels
-    return Choice(positions=positions, targets=explained[positions], maps=maps), scores
+    return Choice(positions=positions, targets=explained[positions], maps=maps, seed=seed), scores
 
 
 def _scored(

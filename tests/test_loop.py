@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from pa_core import data, experiment, masking, schedule, train
 from pa_core.models import Cam
-from pa_core.params import Experiment
+from pa_core.params import Experiment, derived_seed
 from pa_core.proxy import Overlay, donors, proxy_step
 from pa_core.runs import Run
 
@@ -197,7 +197,7 @@ def test_every_fill_makes_the_proxies_that_its_rule_says(tmp_path, fill):
         filled = value.expand_as(before)
         assert all(torch.equal(torch.from_numpy(images)[i][:, changed[i]], filled[i][:, changed[i]]) for i in range(len(before)))
     if fill == "patch":  # the same place of another training image
-        donor = masking.to_uint8(donors(part, torch.from_numpy(positions), seed=e.seed))
+        donor = masking.to_uint8(donors(part, torch.from_numpy(positions), seed=derived_seed(e.seed, "proxy step", 1)))
         assert all(torch.equal(torch.from_numpy(images)[i][:, changed[i]], donor[i][:, changed[i]]) for i in range(len(before)))
         assert not (donor == before).flatten(1).all(1).any()
     assert run.summary["unchanged_proxies"] == (len(images) if fill == "none" else int((~changed.flatten(1).any(1)).sum()))
@@ -239,6 +239,18 @@ def made_by(folder, trained, **how):
     finally:
         handle.remove()
     return np.load(folder / "images.npy"), np.load(folder / "positions.npy"), sum(seen)
+
+
+@pytest.mark.parametrize("how", [{"xai": "rectangle"}, {"xai": "random_blur"}, {"fill": "noise"}, {"fill": "patch"}], ids=str)
+def test_what_is_random_in_a_proxy_is_drawn_anew_in_each_step_and_again_for_the_same_one(tmp_path, trained, how):
+    e, part, model = trained
+    made = {}
+    for name, step in (("one", 1), ("two", 2), ("one again", 1)):
+        arguments = {"step": step, "epoch": 1, "directory": tmp_path / name, **CPU}
+        proxy_step(model, part, replace(e, schedule="1,p,1", select="all", **how), **arguments)
+        made[name] = np.load(tmp_path / name / "images.npy")
+    assert np.array_equal(made["one"], made["one again"])
+    assert (made["one"] != made["two"]).any(axis=(1, 2, 3)).mean() > 0.95
 
 
 @pytest.mark.parametrize("how", [dict(), dict(xai="eigencam"), dict(xai="shuffled"), dict(smooth="gaussian"), dict(xai_target="label")])
