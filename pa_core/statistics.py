@@ -25,6 +25,7 @@ MOST_FOR_P = 24
 """Pairs above which not all sign flips are looked at any more: 2^24 sums are 128 MB."""
 MARGIN = 0.005
 """Half a percentage point: a difference smaller than this is called none."""
+ALPHA = 0.05
 TOO_FEW = "too few pairs"
 
 RUN_COLUMNS = ("study", "dataset", "model", "arm", "seed", "metric", "value", "digest")
@@ -84,14 +85,20 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return np.where(np.isnan(p), np.nan, adjusted)
 
 
-def verdict(low: float, high: float, *, margin: float = MARGIN) -> str:
-    """What an interval allows to say. ``no effect`` only of one that lies within the margin and does not exclude 0."""
+def verdict(low: float, high: float, *, p: float, margin: float = MARGIN) -> str:
+    """What may be said of a declared contrast.
+
+    ``no effect`` only where the interval lies within the margin and does not exclude 0; ``higher`` and ``lower`` only where it
+    excludes 0 and ``p``, adjusted over the family, is at most ALPHA.
+    """
     if np.isnan(low) or np.isnan(high):
         return TOO_FEW
     small = -margin <= low and high <= margin
-    if low > 0 or high < 0:
-        return ("higher" if low > 0 else "lower") + (", by less than half a point" if small else "")
-    return "no effect" if small else "undecided"
+    if not (low > 0 or high < 0):
+        return "no effect" if small else "undecided"
+    if not p <= ALPHA:
+        return "undecided"
+    return ("higher" if low > 0 else "lower") + (", by less than half a point" if small else "")
 
 
 # Of a study
@@ -116,42 +123,56 @@ class Contrast:
         return f"{self.arm} - {self.against}"
 
 
-def compare(runs: pd.DataFrame, *, reference: str, declared: Iterable[Contrast] = (), tested: str = "test_accuracy") -> pd.DataFrame:
-    """Every arm beside the reference, and the declared contrasts.
+def compare(
+    runs: pd.DataFrame,
+    *,
+    reference: str,
+    declared: Iterable[Contrast] = (),
+    described: Iterable[Contrast] = (),
+    tested: str = "test_accuracy",
+) -> pd.DataFrame:
+    """Every arm beside the reference, and the contrasts.
 
     Args:
         runs: a row per run and metric, with RUN_COLUMNS; see :func:`checked`.
         reference: the arm that all others are compared with.
-        declared: contrasts that were fixed before the first run. They alone have a ``p_holm``, adjusted over all of them in all
-            datasets, models and for the metric ``tested``; every other row is descriptive.
+        declared: contrasts that were fixed before the first run. They alone have a ``p_value``, a ``p_holm``, adjusted over all of
+            them in all datasets and models, and a ``verdict``, all for the metric ``tested``; every other row is descriptive.
+        described: further contrasts.
 
     Returns:
         A row per dataset, model, metric and (arm, against), with COLUMNS. n, mean and sd (with n - 1) are the arm's over the
         seeds that both have; difference, low and high those of the pairs. Each group begins with the reference itself, over all
-        its seeds, without a difference, and the declared contrasts. Metrics that are no accuracies have neither p-value nor verdict.
+        its seeds, without a difference, and the declared contrasts.
+
+    Raises:
+        ParameterError: an arm has no run, or a declared contrast more pairs than an exact test can take.
     """
-    runs, declared = checked(runs), list(declared)
+    runs, declared, described = checked(runs), list(declared), list(described)
     known = list(dict.fromkeys(runs["arm"]))
-    for name in (reference, *(name for c in declared for name in (c.arm, c.against))):
+    for name in (reference, *(name for c in (*declared, *described) for name in (c.arm, c.against))):
         if name not in known:
             raise ParameterError("arm", name, f"there is no run of it{nearest(name, known)}; allowed is one of {', '.join(known)}")
     rows = []
     for key, group in runs.groupby(["study", "dataset", "model", "metric"], sort=False):
         values = {arm: rows.set_index("seed")["value"] for arm, rows in group.groupby("arm", sort=False)}
-        wanted = [c for c in declared if c.arm in values and c.against in values]
         others = [Contrast(arm=arm, against=reference) for arm in values if arm != reference]
-        wanted += [c for c in others if c not in wanted]
+        wanted = dict.fromkeys([*(c for c in (*declared, *described) if c.arm in values and c.against in values), *others])
         common = dict(zip(("study", "dataset", "model", "metric"), key, strict=True))
         if reference in values:
             rows.append(common | {"arm": reference, "declared": False} | _spread(values[reference]))
-        judged = key[3].endswith("accuracy")
         for c in wanted:
             pair = values[c.arm], values.get(c.against, values[c.arm][:0])
-            rows.append(common | {"arm": c.arm, "against": c.against, "declared": c in declared and key[3] == tested} | _row(*pair, judged))
+            test = c in declared and key[3] == tested
+            rows.append(common | {"arm": c.arm, "against": c.against, "declared": test} | _row(*pair, test))
     table = pd.DataFrame(rows, columns=COLUMNS)
     family = table["declared"].astype(bool)
     table["p_holm"] = np.nan
     table.loc[family, "p_holm"] = holm(table.loc[family, "p_value"])
+    table["verdict"] = [
+        np.nan if not row.declared else verdict(row.low, row.high, p=row.p_holm) if row.n >= FEWEST_FOR_VERDICT else TOO_FEW
+        for row in table.itertuples()
+    ]
     return table
 
 
@@ -159,7 +180,7 @@ def _spread(values: pd.Series) -> dict[str, Any]:
     return {"n": len(values), "mean": values.mean(), "sd": values.std(ddof=1)}
 
 
-def _row(arm: pd.Series, against: pd.Series, judged: bool) -> dict[str, Any]:
+def _row(arm: pd.Series, against: pd.Series, test: bool) -> dict[str, Any]:
     both = arm.index.intersection(against.index, sort=None)
     row = _spread(arm[both])
     if len(both) == 0:
@@ -167,9 +188,9 @@ def _row(arm: pd.Series, against: pd.Series, judged: bool) -> dict[str, Any]:
     d = (arm[both] - against[both]).to_numpy()
     difference, low, high = interval(d)
     row |= {"difference": difference, "low": low, "high": high, "p_superior": superiority(d)}
-    if judged:
-        row |= {"p_value": sign_flip(d) if len(d) <= MOST_FOR_P else np.nan, "verdict": verdict(low, high) if len(d) >= FEWEST_FOR_VERDICT else TOO_FEW}
-    return row
+    if test and len(both) > MOST_FOR_P:
+        raise ParameterError("seeds", len(both), f"all signs of so many pairs cannot be tried; allowed are at most {MOST_FOR_P} for a declared contrast")
+    return row | ({"p_value": sign_flip(d)} if test else {})
 
 
 def checked(runs: pd.DataFrame) -> pd.DataFrame:

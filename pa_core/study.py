@@ -7,6 +7,7 @@ A study is a file of params/study/:
     seeds: 10                               # 0 to 9, for every arm
     contrasts: [salient - shuffled]         # declared before the first run; only they are tested
     contrast_seeds: 20                      # for the arms in them
+    described: [salient - rest]             # further contrasts to show, without a test
     arms:
       plain: a/plain.yaml                   # a params file that stands for itself,
       salient: {xai: gradcam}               # or parameters beside those of base
@@ -30,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -38,7 +40,7 @@ from pa_core.params import Experiment, ParameterError, home, nearest
 from pa_core.runs import RunError
 from pa_core.statistics import Contrast
 
-KEYS = "question reference seeds contrasts contrast_seeds arms base datasets may_differ other_length decomposition around".split()
+KEYS = "question reference seeds contrasts contrast_seeds described arms base datasets may_differ other_length decomposition around".split()
 FREE = frozenset(
     "xai xai_target cam_layer smooth schedule select fraction mask_region threshold_mode threshold max_share fill weight feather "
     "overlay keep_proxies augment seed".split()
@@ -54,6 +56,7 @@ class Study:
     Attributes:
         name: of the file, without its ending.
         sweep: its runs. An arm there is called ``DATASET: ARM``, because its files differ by dataset.
+        described: contrasts to show beside the declared ones, ``contrasts``.
         decomposition: see `statistics.decompose`; empty where there is none.
         around: the arm from which the others differ in one parameter each; empty where there is none.
     """
@@ -62,6 +65,7 @@ class Study:
     question: str
     reference: str
     contrasts: tuple[Contrast, ...]
+    described: tuple[Contrast, ...]
     decomposition: tuple[Mapping[str, str], ...]
     around: str
     sweep: sweep.Sweep
@@ -97,6 +101,7 @@ def read(name: str) -> Study:
         question=str(content.get("question", "")),
         reference=str(content["reference"]),
         contrasts=tuple(Contrast.parse(text) for text in content.get("contrasts", [])),
+        described=tuple(Contrast.parse(text) for text in content.get("described", [])),
         decomposition=tuple(content.get("decomposition", [])),
         around=str(content.get("around", "")),
         sweep=_sweep(path, content),
@@ -109,6 +114,8 @@ def _sweep(path: Path, content: Mapping[str, Any]) -> sweep.Sweep:
     """All runs: those of the arms in contrasts have more seeds than the others."""
     name, arms = path.stem, _arms(path, content)
     most = content.get("contrast_seeds", content["seeds"])
+    if content.get("contrasts") and len(_seeds(name, most)) > statistics.MOST_FOR_P:
+        raise ParameterError(f"{name}: seeds", most, f"an exact test of so many pairs takes too long; allowed are at most {statistics.MOST_FOR_P}")
     contrasted = {name for text in content.get("contrasts", []) for name in (Contrast.parse(text).arm, Contrast.parse(text).against)}
     parts = []
     for seeds, among in ((most, True), (content["seeds"], False)):
@@ -158,7 +165,7 @@ def _check(study: Study, content: Mapping[str, Any]) -> None:
     by_label = {label: job.experiment for job in study.sweep.jobs for label in job.arms}
     arms = {arm for _, arm in map(split, by_label)}
     mentioned = [study.reference, *filter(None, [study.around]), *content.get("other_length", []), *(name for part in study.decomposition for name in part.values())]
-    for name in (*mentioned, *(name for c in study.contrasts for name in (c.arm, c.against))):
+    for name in (*mentioned, *(name for c in (*study.contrasts, *study.described) for name in (c.arm, c.against))):
         if name not in arms:
             raise ParameterError(f"{study.name}: arm", name, f"there is no such arm{nearest(name, arms)}; allowed is one of {', '.join(sorted(arms))}")
     free = FREE | set(content.get("may_differ", []))
@@ -207,17 +214,28 @@ DECOMPOSITION = "_decomposition"
 def tables(study: Study, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """What follows from the runs: ``study_a``, and ``study_a_decomposition`` where the study has one.
 
-    Contrasts and parts whose arms have no run are left out, and so is everything where the reference has none.
+    Contrasts and parts whose arms have no run are left out, and so is everything where the reference has none. While runs are
+    missing nothing is tested: a family that is not complete, or that is looked at as it grows, has no p-values.
     """
     arms = set(runs["arm"])
     runs = runs if study.reference in arms else runs[:0]
-    declared = [c for c in study.contrasts if {c.arm, c.against} <= arms]
+    here = {c: {c.arm, c.against} <= arms for c in (*study.contrasts, *study.described)}
+    among = {"declared": [c for c in study.contrasts if here[c]], "described": [c for c in study.described if here[c]]}
     none = pd.DataFrame(columns=list(statistics.COLUMNS))
-    made = {f"study_{study.name}": statistics.compare(runs, reference=study.reference, declared=declared) if len(runs) else none}
+    table = statistics.compare(runs, reference=study.reference, **among) if len(runs) else none
+    if not is_complete(study, runs):
+        table.loc[:, ["p_value", "p_holm", "verdict"]] = np.nan
+    made = {f"study_{study.name}": table}
     if study.decomposition:
         parts = [part for part in study.decomposition if set(part.values()) <= arms]
         made[f"study_{study.name}{DECOMPOSITION}"] = statistics.decompose(runs, parts)
     return made
+
+
+def is_complete(study: Study, runs: pd.DataFrame) -> bool:
+    """Whether all runs are there that the study's file asks for."""
+    asked = {(*split(label), job.experiment.seed) for job in study.sweep.jobs for label in job.arms}
+    return asked <= set(runs[["dataset", "arm", "seed"]].itertuples(index=False, name=None))
 
 
 def draw(study: Study, name: str, table: pd.DataFrame) -> Figure:
@@ -264,7 +282,7 @@ SOURCES = (COMMITTED, OWN)
 
 
 def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple[Figure, pd.DataFrame]:
-    """A figure of a study and the table behind it, without making a run.
+    """A figure of a study and the table behind it, without making a run; an empty figure, which says so, while there are none.
 
     Args:
         name: ``study_a``, or ``study_c_decomposition``.
@@ -272,10 +290,10 @@ def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple
         runs_dir: where those lie.
 
     Raises:
-        ParameterError: there is no such source or study, or its committed table is missing.
+        ParameterError: there is no such source or study.
     """
     if source not in SOURCES:
-        raise ParameterError("studies", source, f"allowed is one of {', '.join(SOURCES)}{nearest(source, SOURCES)}")
+        raise ParameterError("studies", source, f"there is no such source{nearest(source, SOURCES)}; allowed is one of {', '.join(SOURCES)}")
     study = read(name.removeprefix("study_").removesuffix(DECOMPOSITION))
     if source == COMMITTED:
         runs = committed_runs(study.name)
@@ -287,16 +305,9 @@ def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple
 
 
 def committed_runs(name: str) -> pd.DataFrame:
-    """figures/study_NAME_runs.csv of the repository, from which its tables and figures follow."""
+    """figures/study_NAME_runs.csv of the repository, from which its tables and figures follow; empty while it is not there."""
     path = home() / "figures" / f"study_{name}_runs.csv"
-    if not path.is_file():
-        raise ParameterError("study", name, f"its runs have not been committed; make study STUDY={name} makes them")
-    return pd.read_csv(path)
-
-
-def committed() -> list[str]:
-    """Names of the studies whose runs are committed."""
-    return [name for name in names() if (home() / "figures" / f"study_{name}_runs.csv").is_file()]
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
 
 
 def declared(*, source: str = COMMITTED, runs_dir: str = "runs") -> pd.DataFrame:
@@ -305,10 +316,10 @@ def declared(*, source: str = COMMITTED, runs_dir: str = "runs") -> pd.DataFrame
     Returns:
         Columns study, dataset, contrast, n, difference, low, high, p_holm, verdict.
     """
-    found = pd.concat([show(f"study_{name}", source=source, runs_dir=runs_dir)[1] for name in (committed() if source == COMMITTED else names())])
+    found = pd.concat([show(f"study_{name}", source=source, runs_dir=runs_dir)[1] for name in names()])
     found = found[found["declared"].astype(bool)]
     found = found.assign(contrast=found["arm"] + " - " + found["against"])
-    points = {name: 100 * found[name] for name in ("difference", "low", "high")}
+    points = {name: 100 * found[name].astype(float) for name in ("difference", "low", "high")}
     return found.assign(**points)[["study", "dataset", "contrast", "n", *points, "p_holm", "verdict"]].reset_index(drop=True)
 
 
@@ -381,6 +392,9 @@ def run(name: str, *, folder: str | None = None, workers: int | None = None, thr
     frame = sweep.run(study.sweep, workers=workers, threads=threads, log=log)
     runs_dir = study.sweep.jobs[0].experiment.runs_dir
     runs = collect(study, frame)
+    codes = sorted({str(results.open_run(run, runs_dir).manifest["code_version"]) for run in frame["run"]})
+    if len(codes) > 1:
+        log(f"its runs were made by {len(codes)} versions of the code: {', '.join(codes)}; the figure's .json has each run's")
     used = [results.open_run(run, runs_dir) for run in dict.fromkeys(frame["run"])]
     return publish(study, runs, folder=folder or str(home() / "figures"), used=used)
 

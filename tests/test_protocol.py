@@ -200,3 +200,21 @@ def test_pairs_do_not_mix_protocols(thesis):
     assert list(paired["run"]) == [clean.path.name]
     plain = json.loads((clean.path.parent / paired["plain_run"].iloc[0] / "manifest.json").read_text())
     assert plain["parameters"]["protocol"] == "clean"
+
+
+def test_as_coded_one_p_stage_trains_on_no_proxy_at_all(thesis):
+    """Why study C does not make its coded arm of 9,p,8: it is the run without masking, bit for bit."""
+    coded = experiment.run(thesis(schedule="1,p,1"), **QUIET)
+    none = experiment.run(thesis(schedule="1,p,1", protocol="thesis_text", fill="none"), **QUIET)
+    assert len(coded.proxies(1)) and coded.path != none.path
+    assert (coded.path / "weights.safetensors").read_bytes() == (none.path / "weights.safetensors").read_bytes()
+    assert coded.summary["reported_accuracy"] == none.summary["reported_accuracy"]
+
+
+def test_all_data_takes_as_many_steps_as_the_halves():
+    """Study C's fixed split on all data: 9 epochs of all images, where the others take 18 of half of them."""
+    for n in (6583, 128, 129):
+        halves, whole = (Experiment(protocol=name, batch_size=32) for name in ("thesis", "clean"))
+        steps = [train.steps_per_epoch(protocol.draws(n, e), e.batch_size) for e in (halves, whole)]
+        assert abs(18 * steps[0] - 9 * steps[1]) <= 9, n
+    assert 18 * train.steps_per_epoch(protocol.draws(6583, halves), 32) == 9 * train.steps_per_epoch(protocol.draws(6583, whole), 32)

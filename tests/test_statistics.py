@@ -93,21 +93,24 @@ def test_holm_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "words"),
+    ("low", "high", "p", "words"),
     [
-        (-0.004, 0.004, "no effect"),
-        (-0.005, 0.005, "no effect"),
-        (-0.006, 0.004, "undecided"),
-        (-0.004, 0.0051, "undecided"),
-        (0.001, 0.004, "higher, by less than half a point"),
-        (0.001, 0.02, "higher"),
-        (-0.02, -0.001, "lower"),
-        (-0.004, -0.001, "lower, by less than half a point"),
-        (np.nan, np.nan, "too few pairs"),
+        (-0.004, 0.004, 0.6, "no effect"),
+        (-0.005, 0.005, 0.6, "no effect"),
+        (-0.006, 0.004, 0.6, "undecided"),
+        (-0.004, 0.0051, 0.6, "undecided"),
+        (0.001, 0.004, 0.01, "higher, by less than half a point"),
+        (0.001, 0.02, 0.05, "higher"),
+        (0.001, 0.02, 0.051, "undecided"),  # it does not stand up to the family
+        (0.001, 0.02, np.nan, "undecided"),  # too few pairs for a p-value
+        (-0.004, -0.001, 0.2, "undecided"),
+        (-0.02, -0.001, 0.01, "lower"),
+        (-0.004, -0.001, 0.01, "lower, by less than half a point"),
+        (np.nan, np.nan, np.nan, "too few pairs"),
     ],
 )
-def test_no_effect_is_said_only_within_half_a_point(low, high, words):
-    assert statistics.verdict(low, high) == words
+def test_what_is_said_follows_from_interval_and_adjusted_p(low, high, p, words):
+    assert statistics.verdict(low, high, p=p) == words
 
 
 # A whole study
@@ -127,7 +130,9 @@ def test_a_table_by_hand():
     assert masked["mean"] == pytest.approx(0.62) and masked["difference"] == pytest.approx(0.02)
     half = 4.302653 * 0.01 / 3**0.5  # t(0.975, 2) from the table
     assert (masked["low"], masked["high"]) == pytest.approx((0.02 - half, 0.02 + half), abs=1e-7)
-    assert np.isnan(masked["p_value"]) and masked["p_superior"] == 1 and masked["verdict"] == "too few pairs"
+    assert np.isnan(masked["p_value"]) and masked["p_superior"] == 1 and pd.isna(masked["verdict"])
+    declared = statistics.compare(runs, reference="plain", declared=[Contrast.parse("masked - plain")]).iloc[1]
+    assert np.isnan(declared["p_value"]) and declared["verdict"] == "too few pairs"
 
 
 def test_only_declared_contrasts_are_adjusted_and_over_all_datasets():
@@ -142,8 +147,18 @@ def test_only_declared_contrasts_are_adjusted_and_over_all_datasets():
     ]  # fmt: skip
     assert list(chosen["p_holm"]) == pytest.approx(statistics.holm(chosen["p_value"]))
     assert (chosen["p_holm"] >= chosen["p_value"]).all() and (chosen["p_holm"] > chosen["p_value"]).any()
-    assert table.loc[~table["declared"], "p_holm"].isna().all()
+    assert table.loc[~table["declared"], ["p_value", "p_holm", "verdict"]].isna().all(axis=None)
+    assert table.loc[table["declared"], ["p_value", "p_holm", "verdict"]].notna().all(axis=None)
     assert (table["n"] == 10).all()
+
+
+def test_described_contrasts_have_an_interval_and_no_p_value():
+    runs = frame({"a": ten(0.5), "b": ten(0.6), "c": {seed: 0.65 + 0.012 * seed for seed in range(10)}})
+    table = statistics.compare(runs, reference="a", described=[Contrast.parse("c - b"), Contrast.parse("b - a")])
+    assert list(zip(table["arm"], table["against"].fillna(""), strict=True)) == [("a", ""), ("c", "b"), ("b", "a"), ("c", "a")]
+    row = table.iloc[1]
+    assert row["difference"] == pytest.approx(0.05 + 0.002 * 4.5) and row["low"] < row["difference"] < row["high"]
+    assert not row["declared"] and pd.isna(row["p_value"]) and pd.isna(row["verdict"])
 
 
 def test_other_metrics_are_described_and_not_tested():
@@ -163,6 +178,9 @@ def test_what_is_no_study_is_refused():
         statistics.compare(runs.assign(value=[np.nan, *runs["value"][1:]]), reference="plain")
     with pytest.raises(ParameterError, match="a column digest is missing"):
         statistics.compare(runs.drop(columns="digest"), reference="plain")
+    many = {seed: 0.5 for seed in range(25)}
+    with pytest.raises(ParameterError, match="seeds = 25 is refused.*at most 24"):
+        statistics.compare(frame({"plain": many, "masked": many}), reference="plain", declared=[Contrast.parse("masked - plain")])
     for text in ("plain", "plain-masked", "plain - plain", " - plain"):
         with pytest.raises(ParameterError, match="allowed is the name of an arm"):
             Contrast.parse(text)
