@@ -10,8 +10,14 @@ stage reads them, so that the stages between train on none. ``thesis_text`` diff
 every stage after ``p`` trains on them in the place of their originals; the half that is reported on has originals.
 
 Here the draws are seeded, and only the training part is drawn from: test images and this package's own validation images are
-never trained on, whatever the protocol. Two details are not replayed: the predecessor's wrong images are those of the forward
-passes during the epoch, here of one pass after it, and its proxies are made of their random crops.
+never trained on, whatever the protocol. The protocol says nothing of the learning rate, which stays at 8e-5 there: `lr` and `scheduler`
+do (params/study/c.yaml has both). What is not replayed:
+
+- the predecessor's wrong images are those of the forward passes during the epoch, here of one pass after it; its proxies are made of
+  their random crops, and a proxy that is wrong again is masked again, here only originals are;
+- its p stages grow with the proxies where the subset has room for them, and its numbered stages shrink by those that were drawn and
+  dropped; here every stage has as many images;
+- it crops and resizes at random, with a weight decay of 1e-5; here `augment` and `weight_decay` are what the run says.
 """
 
 from __future__ import annotations

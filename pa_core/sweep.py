@@ -589,11 +589,19 @@ def work_here(task: Task) -> tuple[str, str, float]:
 
     from pa_core import experiment
 
-    started = time.perf_counter()
+    started, children = time.perf_counter(), get_worker().plugins[task.plugin]
     torch.set_num_threads(task.threads)
     with open(task.log, "a") as log:
+
+        def note(text: str) -> None:
+            print(text, file=log, flush=True)
+            if children.stopped:  # on a cluster that goes on without this sweep
+                raise KeyboardInterrupt
+
         try:
-            experiment.run(Experiment.from_mapping(task.experiment), log=lambda text: print(text, file=log, flush=True))
+            experiment.run(Experiment.from_mapping(task.experiment), log=note)
+        except KeyboardInterrupt as interrupt:  # noted in the run's manifest as such
+            raise Stopped from interrupt
         except Exception as error:  # whatever it is, it is this run's result, and the others go on
             traceback.print_exc(file=log)
             return f"{type(error).__name__}: {error}", "", time.perf_counter() - started
@@ -790,7 +798,7 @@ def _task(sweep: Sweep, job: Job, folder: Path, pool: _Workers) -> Task:
     environment |= {"PA_RUNS": str(runs_home().absolute()), "PA_DATA": str(data_home().absolute())}
     task = Task(
         arguments=(),
-        experiment=job.parameters,
+        experiment=job.parameters | _anywhere(job.experiment),
         threads=pool.threads,
         output=folder / f"{job.key}.ipynb",
         log=folder / f"{job.key}.log",
@@ -800,6 +808,13 @@ def _task(sweep: Sweep, job: Job, folder: Path, pool: _Workers) -> Task:
         plugin=folder.name,
     )
     return replace(task, **_papermill(sweep.notebook, job, task)) if sweep.notebook else task
+
+
+def _anywhere(experiment: Experiment) -> dict[str, str]:
+    """The paths among its parameters as a worker with another working directory finds them."""
+    paths = {"data_dir": experiment.data_dir, "pretrained": experiment.pretrained}
+    paths |= {"runs_dir": experiment.runs_dir} if experiment.runs_dir != "runs" else {}
+    return {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if isinstance(path, str)}
 
 
 def _papermill(notebook: Path, job: Job, task: Task) -> dict[str, Any]:
@@ -862,18 +877,18 @@ def _stop(client: Any, plugin: str) -> None:
 
 def _outcome(future: Any, job: Job, task: Task, places: _Places) -> State:
     """How a job ended. It is finished only if the run with its identity is."""
+    kept = str(task.output if task.arguments else task.log)
     if future.status != FINISHED:
         problem = future.exception() if future.status == "error" else "it was cancelled"
-        return State(status=FAILED, error=" ".join(str(problem).split()), kept=str(task.output))
+        return State(status=FAILED, error=" ".join(str(problem).split()), kept=kept)
     error, cell, seconds = future.result()
     if error:
-        kept = task.output if task.arguments else task.log
-        return State(status=FAILED, error=error, cell=cell, kept=str(kept), seconds=seconds)
+        return State(status=FAILED, error=error, cell=cell, kept=kept, seconds=seconds)
     path = places(job.experiment)
     manifest = path / "manifest.json"
     if not manifest.is_file() or json.loads(manifest.read_text()).get("status") != FINISHED:
         problem = f"it ended, but did not make its run {path.name}"
-        return State(status=FAILED, error=problem, kept=str(task.output), seconds=seconds)
+        return State(status=FAILED, error=problem, kept=kept, seconds=seconds)
     return State(status=FINISHED, run=path, kept=_keep(task, path), seconds=seconds)
 
 

@@ -290,6 +290,12 @@ def test_a_study_is_drawn_as_far_as_its_runs_have_finished(folder, tmp_path, mon
     made = study.tables(read, study.so_far(read))["study_some"].set_index(["metric", "arm"])
     rows = made.loc["test_accuracy"]
     assert dict(rows["n"]) == {"plain": 2, "masked": 1} and rows["dataset"].unique() == ["Noise"]
+    assert rows[["p_value", "verdict"]].isna().all(axis=None)
+    monkeypatch.setattr(study, "read", lambda _name: read)
+    _, shown = study.show("study_some", source="runs")
+    same(shown.set_index(["metric", "arm"]), made)
+    _, elsewhere = study.show("study_some", source="runs", runs_dir=str(tmp_path / "other"))
+    assert elsewhere.empty
     with pytest.raises(RunError, match="1 of 4 runs have not finished"):
         study.collect(read, sweep.table(read.sweep, sweep.finished(read.sweep)))
 
