@@ -460,7 +460,7 @@ def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> tuple[Figur
             colour = ORANGE if row.declared else BLUE
             ax.plot([100 * row.low, 100 * row.high], [place, place], color=colour, lw=1.5)
             ax.plot(100 * row.difference, place, marker="o", ms=4, color=colour)
-        ax.set_yticks(y, [f"{_short(f'{row.arm} − {row.against}', 44)}  (n = {row.n})" for row in rows.itertuples()])
+        ax.set_yticks(y, [f"{_short(f'{row.arm} − {row.against}', 56)}  (n = {row.n})" for row in rows.itertuples()])
         ax.set_title(f"{dataset}, {model}")
         ax.set_xlabel("difference in test accuracy, in points, 95 % interval")
     handles = [matplotlib.lines.Line2D([], [], marker="o", ms=4, color=c, label=t) for c, t in ((ORANGE, "declared"), (BLUE, "descriptive"))]
