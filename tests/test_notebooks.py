@@ -280,7 +280,12 @@ def test_the_analysis_shows_every_run(executed):
     assert len(runs) == len(METHODS) + 2
     assert set(drawn["accuracy_by_parameter"]) == runs
     assert set(drawn["with_and_without"]) == runs - {digest(made(folder, schedule="1"))}  # which has no pair
+    studies = {name: drawn.pop(name) for name in list(drawn) if name.startswith("study_")}
     assert all(set(digests) <= runs and digests for digests in drawn.values())
+    assert studies.keys() == {"study_a", "study_c", "study_c_decomposition", "study_e", "study_f"}
+    for name, digests in studies.items():  # drawn from the repository's tables, whose own provenance has the runs
+        content = json.loads((folder / "figures" / "04_analysis" / f"{name}.json").read_text())
+        assert digests == [] and content["made_from"] == f"committed runs of study {name.split('_')[1]}"
 
 
 @pytest.mark.parametrize("label", [*METHODS, "plain", "02_training", "04_analysis"])
