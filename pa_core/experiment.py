@@ -129,7 +129,9 @@ def _file_digest(pretrained: bool | str) -> str:
         return ""
     path = Path(pretrained).expanduser()
     if not path.is_file():
-        raise ParameterError("pretrained", pretrained, "there is no such file; allowed is true, false or a weights file")
+        raise ParameterError(
+            "pretrained", pretrained, "there is no such file; allowed is true, false or a weights file"
+        )
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -192,7 +194,11 @@ def _make_folder(path: Path, runs_dir: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ParameterError("runs_dir", runs_dir, f"no folder can be made there ({error.strerror}); allowed is a folder that can be written") from error
+        raise ParameterError(
+            "runs_dir",
+            runs_dir,
+            f"no folder can be made there ({error.strerror}); allowed is a folder that can be written",
+        ) from error
 
 
 @contextmanager
@@ -255,10 +261,20 @@ def _begin(prepared: Prepared, placement: data.Placement, path: Path, log: Log) 
     if not manifest or checkpoint is None:
         manifest = _new_manifest(prepared, batch_size)
     compiled = _compile(state, prepared, batch_size, log) if e.compile else None
-    runs.write_json(path / "manifest.json", manifest | {"status": runs.RUNNING, "error": None, "compile": compiled, "store": asdict(placement)})
+    runs.write_json(
+        path / "manifest.json",
+        manifest | {"status": runs.RUNNING, "error": None, "compile": compiled, "store": asdict(placement)},
+    )
     board = SummaryWriter(str(path / "tensorboard"), purge_step=state.epoch + 1)
     return _Walk(
-        prepared=prepared, path=path, state=state, batch_size=batch_size, records=records, rows=rows, board=board, log=log
+        prepared=prepared,
+        path=path,
+        state=state,
+        batch_size=batch_size,
+        records=records,
+        rows=rows,
+        board=board,
+        log=log,
     )
 
 
@@ -311,7 +327,11 @@ def _batch_size(prepared: Prepared, log: Log) -> int:
         return int(prepared.experiment.batch_size)
     dataset = prepared.dataset
     size = train.auto_batch_size(
-        prepared.model, image_size=dataset.image_size, n=len(dataset.train), device=prepared.device, dtype=prepared.dtype
+        prepared.model,
+        image_size=dataset.image_size,
+        n=len(dataset.train),
+        device=prepared.device,
+        dtype=prepared.dtype,
     )
     log(f"batch_size auto: {size}")
     return size
@@ -393,7 +413,9 @@ def _epoch(walk: _Walk, stage: protocol.Stage, number: int) -> dict[str, Any]:
     )
     checked = _evaluate(walk, dataset.val)
     if not math.isfinite(checked.loss):  # the last step's update is seen here first
-        raise train.NonFiniteLoss(f"the validation loss is not finite after epoch {walk.state.epoch}; a lower lr may help")
+        raise train.NonFiniteLoss(
+            f"the validation loss is not finite after epoch {walk.state.epoch}; a lower lr may help"
+        )
     row = {
         "epoch": walk.state.epoch,
         "stage": number,
@@ -481,7 +503,9 @@ def _finish(walk: _Walk) -> None:
     wall_time = (pd.Timestamp(runs.now()) - started).total_seconds()
     runs.update_manifest(path, status=runs.FINISHED, finished=runs.now(), wall_time=wall_time)
     runs.remove_checkpoints(path)
-    walk.log(f"test accuracy {summary['test_accuracy']:.3f} on {summary['n_test']} images, seed {e.seed}; the run is in {shown(path)}")
+    walk.log(
+        f"test accuracy {summary['test_accuracy']:.3f} on {summary['n_test']} images, seed {e.seed}; the run is in {shown(path)}"
+    )
 
 
 def predictions(logits: Tensor, part: data.Part, classes: tuple[str, ...]) -> pd.DataFrame:
@@ -501,7 +525,9 @@ def predictions(logits: Tensor, part: data.Part, classes: tuple[str, ...]) -> pd
 def _summary(walk: _Walk, tested: train.Evaluation) -> dict[str, Any]:
     rows, records, dataset = walk.rows, walk.records, walk.prepared.dataset
     made = sum(record.images for record in records)
-    reported = {name: value for name, value in rows[-1].items() if name == "reported_accuracy"}  # by the thesis' protocol only
+    reported = {
+        name: value for name, value in rows[-1].items() if name == "reported_accuracy"
+    }  # by the thesis' protocol only
     return {
         "val_accuracy": rows[-1]["val_accuracy"],
         "best_val_accuracy": max(row["val_accuracy"] for row in rows),
@@ -546,7 +572,9 @@ class Reopened:
         part, device = self.dataset.train, next(self.model.parameters()).device
         # the predecessor chooses among those of a stage, here among all
         candidates = None if self.experiment.protocol == "clean" else torch.arange(len(part))
-        return choose(self.model, part, self.experiment, step=1, device=device, dtype=torch.float32, candidates=candidates)
+        return choose(
+            self.model, part, self.experiment, step=1, device=device, dtype=torch.float32, candidates=candidates
+        )
 
 
 def reopen(run: Run, experiment: Experiment | None = None, *, device: str = "auto") -> Reopened:
@@ -565,7 +593,9 @@ def reopen(run: Run, experiment: Experiment | None = None, *, device: str = "aut
     return Reopened(experiment=experiment, dataset=dataset, model=run.model(train.resolve_device(device)))
 
 
-def stored_proxies(run: Run, dataset: data.Dataset, *, step: int = 1, count: int = SHOWN) -> tuple[Proxies | None, list[str]]:
+def stored_proxies(
+    run: Run, dataset: data.Dataset, *, step: int = 1, count: int = SHOWN
+) -> tuple[Proxies | None, list[str]]:
     """The first proxies of a step as they were made and trained on, and a title for each; None when there was no such step."""
     folder = run.path / "proxies" / f"step_{step}"
     if not folder.is_dir():
@@ -578,7 +608,17 @@ def stored_proxies(run: Run, dataset: data.Dataset, *, step: int = 1, count: int
 
 def side_by_side(named: dict[str, Run]) -> pd.DataFrame:
     """A column per run: accuracies, and what the proxies cost."""
-    rows = ["val_accuracy", "test_accuracy", "test_loss", "n_test", "epochs", "proxy_images", "masked_share", "proxy_seconds", "train_seconds"]
+    rows = [
+        "val_accuracy",
+        "test_accuracy",
+        "test_loss",
+        "n_test",
+        "epochs",
+        "proxy_images",
+        "masked_share",
+        "proxy_seconds",
+        "train_seconds",
+    ]
     return pd.DataFrame({name: pd.Series(run.summary)[rows] for name, run in named.items()}).round(4)
 
 
@@ -600,7 +640,12 @@ class Comparison:
 
 
 def compare(
-    named: Mapping[str, Run], images: str | os.PathLike | data.Part, *, xai: str | None = None, count: int = SHOWN, device: str = "auto"
+    named: Mapping[str, Run],
+    images: str | os.PathLike | data.Part,
+    *,
+    xai: str | None = None,
+    count: int = SHOWN,
+    device: str = "auto",
 ) -> Comparison:
     """Predictions and heatmaps of finished runs on your own images, or on the first ones of a part of a dataset.
 
@@ -622,7 +667,9 @@ def compare(
         model, pixels = run.model(where), to_float(seen[name].to(where))
         with torch.inference_mode():
             confidence, predicted = model(pixels).float().softmax(1).max(1)
-        explained = attribution.heatmaps(model, pixels, method=xai or e.xai, target=predicted.clone(), smooth=e.smooth, ids=names, seed=e.seed)
+        explained = attribution.heatmaps(
+            model, pixels, method=xai or e.xai, target=predicted.clone(), smooth=e.smooth, ids=names, seed=e.seed
+        )
         maps[name] = explained.cpu()
         guesses = zip(names, predicted.tolist(), confidence.tolist(), strict=True)
         rows += [{"image": n, "run": name, "predicted": classes[k], "confidence": round(c, 6)} for n, k, c in guesses]
@@ -635,7 +682,9 @@ def _own_images(images: str | os.PathLike | data.Part, size: int, count: int) ->
     if isinstance(images, data.Part):
         read = images.read(torch.arange(min(count, len(images))))
         if read.shape[-1] != size:
-            raise ParameterError("images", images, f"its images have {read.shape[-1]} pixels per side; allowed is {size}, as the run has")
+            raise ParameterError(
+                "images", images, f"its images have {read.shape[-1]} pixels per side; allowed is {size}, as the run has"
+            )
         return list(images.ids[:count]), read
     path, names, found = Path(images).expanduser(), [], []
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
@@ -646,5 +695,7 @@ def _own_images(images: str | os.PathLike | data.Part, size: int, count: int) ->
                 continue  # the folder may hold other things, too
             names.append(file.name if path.is_file() else file.relative_to(path).as_posix())
     if not found:
-        raise ParameterError("images", str(images), "there is none that can be read; allowed is a folder with images, or an image")
+        raise ParameterError(
+            "images", str(images), "there is none that can be read; allowed is a folder with images, or an image"
+        )
     return names, torch.stack(found)

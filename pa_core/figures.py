@@ -74,7 +74,9 @@ class Album:
             raise ParameterError("figures_dir", self.figures_dir, allowed) from error
 
     @styled
-    def save(self, figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run | None] = (), made_from: str = "") -> Path:
+    def save(
+        self, figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run | None] = (), made_from: str = ""
+    ) -> Path:
         """Write NAME.png, NAME.svg, NAME.csv (what was drawn) and NAME.json (which runs, code and command it came from).
 
         Args:
@@ -183,7 +185,14 @@ def class_balance(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
     figure, ((ax,),) = _new(1, 1, width=7.5, height=3.2)
     bottom = np.zeros(len(table))
     for name, colour in zip(parts, (BLUE, ORANGE, GREY), strict=True):
-        ax.bar(np.arange(len(table)), table[name], bottom=bottom, color=colour, label=f"{name} ({table[name].sum():,})", width=0.8)
+        ax.bar(
+            np.arange(len(table)),
+            table[name],
+            bottom=bottom,
+            color=colour,
+            label=f"{name} ({table[name].sum():,})",
+            width=0.8,
+        )
         bottom += table[name].to_numpy()
     if many:
         ax.set_xlabel(f"{len(table)} classes, the largest first")
@@ -195,7 +204,9 @@ def class_balance(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
 
 
 @styled
-def augmented(dataset: Dataset, kinds: str, *, columns: int = 10, draws: int = 3, seed: int = 0) -> tuple[Figure, pd.DataFrame]:
+def augmented(
+    dataset: Dataset, kinds: str, *, columns: int = 10, draws: int = 3, seed: int = 0
+) -> tuple[Figure, pd.DataFrame]:
     """The first training images as they are, and below them some draws of the augmentation."""
     originals = dataset.train.read(torch.arange(min(columns, len(dataset.train))))
     generator = torch.Generator().manual_seed(derived_seed(seed, "shown"))
@@ -206,7 +217,12 @@ def augmented(dataset: Dataset, kinds: str, *, columns: int = 10, draws: int = 3
             _picture(axes[i, k], image)
         axes[i, 0].set_ylabel("original" if i == 0 else f"draw {i}")
     table = [
-        {"id": dataset.train.ids[k], "draw": i, "kinds": kinds, "changed_pixels": float((a[k] != originals[k]).any(0).float().mean())}
+        {
+            "id": dataset.train.ids[k],
+            "draw": i,
+            "kinds": kinds,
+            "changed_pixels": float((a[k] != originals[k]).any(0).float().mean()),
+        }
         for i, a in enumerate(rows[1:], 1)
         for k in range(len(originals))
     ]
@@ -243,7 +259,9 @@ def curves(named: Mapping[str, Run]) -> tuple[Figure, pd.DataFrame]:
 
 
 @styled
-def worst(part: Part, scores: Any, positions: Tensor, classes: Sequence[str], *, columns: int = 8) -> tuple[Figure, pd.DataFrame]:
+def worst(
+    part: Part, scores: Any, positions: Tensor, classes: Sequence[str], *, columns: int = 8
+) -> tuple[Figure, pd.DataFrame]:
     """Images with what they are, what they were taken for, and the loss."""
     count = len(positions)
     if count == 0:
@@ -263,7 +281,9 @@ def worst(part: Part, scores: Any, positions: Tensor, classes: Sequence[str], *,
     for ax, image, row in zip(axes.flat, part.read(positions), table.itertuples(), strict=False):
         colour = RED if row.label != row.predicted else "black"
         _picture(ax, image)
-        ax.set_title(f"{_short(row.label, 14)}\n→ {_short(row.predicted, 14)}\nloss {row.loss:.1f}", fontsize=7, color=colour)
+        ax.set_title(
+            f"{_short(row.label, 14)}\n→ {_short(row.predicted, 14)}\nloss {row.loss:.1f}", fontsize=7, color=colour
+        )
     return figure, table
 
 
@@ -297,14 +317,28 @@ def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> tuple[Figure, p
         axes[row, 0].set_ylabel(name)
     share = made.mask.flatten(1).float().mean(1).numpy()
     changed = (made.images != made.originals).any(1).flatten(1).float().mean(1).numpy()
-    return figure, pd.DataFrame({"image": [t.replace("\n", " ") for t in titles] or list(range(n)), "masked_share": share, "changed_share": changed})
+    return figure, pd.DataFrame(
+        {
+            "image": [t.replace("\n", " ") for t in titles] or list(range(n)),
+            "masked_share": share,
+            "changed_share": changed,
+        }
+    )
 
 
 # 04: galleries
 
 
 @styled
-def fills(originals: Tensor, maps: Tensor, mask: Tensor, *, names: Sequence[str] = masking.FILLS, weight: float = 1.0, mask_region: str = "salient") -> tuple[Figure, pd.DataFrame]:
+def fills(
+    originals: Tensor,
+    maps: Tensor,
+    mask: Tensor,
+    *,
+    names: Sequence[str] = masking.FILLS,
+    weight: float = 1.0,
+    mask_region: str = "salient",
+) -> tuple[Figure, pd.DataFrame]:
     """A row per image, a column per fill; the same heatmap and mask throughout. uint8 [n, 3, S, S].
 
     ``patch`` takes from the image above, the first row from the last; a proxy step takes from any training image.
@@ -341,9 +375,13 @@ def threshold_by_weight(
     ``patch`` takes from the last image of the batch.
     """
     if len(originals) == 0:
-        return _nothing("no image qualifies"), pd.DataFrame(columns=["threshold", "weight", "fill", "masked_share", "mean_change"])
+        return _nothing("no image qualifies"), pd.DataFrame(
+            columns=["threshold", "weight", "fill", "masked_share", "mean_change"]
+        )
     where = {"mask_region": mask_region}
-    figure, axes = _new(len(thresholds), len(weights), width=1.25 * len(weights) + 0.6, height=1.25 * len(thresholds) + 0.4)
+    figure, axes = _new(
+        len(thresholds), len(weights), width=1.25 * len(weights) + 0.6, height=1.25 * len(thresholds) + 0.4
+    )
     image, heatmap, rows = masking.to_float(originals[:1]), maps[:1], []
     donors = masking.to_float(originals[-1:])
     for i, t in enumerate(thresholds):
@@ -352,7 +390,15 @@ def threshold_by_weight(
             changed = masking.apply(image, heatmap, mask, fill=fill, weight=w, donors=donors, **where)
             _picture(axes[i, k], masking.to_uint8(changed)[0], f"weight {w:g}" if i == 0 else "")
             share = float(mask.float().mean())
-            rows.append({"threshold": t, "weight": w, "fill": fill, "masked_share": share, "mean_change": float((changed - image).abs().mean())})
+            rows.append(
+                {
+                    "threshold": t,
+                    "weight": w,
+                    "fill": fill,
+                    "masked_share": share,
+                    "mean_change": float((changed - image).abs().mean()),
+                }
+            )
         axes[i, 0].set_ylabel(f"threshold {t:g}")
     return figure, pd.DataFrame(rows)
 
@@ -368,7 +414,9 @@ def compared(shown: Comparison) -> tuple[Figure, pd.DataFrame]:
         guesses = shown.table[shown.table["run"] == run]
         for k, (guess, sure) in enumerate(zip(guesses["predicted"], guesses["confidence"], strict=True)):
             ax = axes[row, k]
-            ax.imshow(shown.images[run][k].float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            ax.imshow(
+                shown.images[run][k].float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+            )
             ax.imshow(shown.maps[run][k].numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
             ax.set_title(f"{_short(guess)}\n{sure:.0%}", fontsize=8)
             _bare(ax)
@@ -392,11 +440,17 @@ def with_and_without(pairs: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         for plain, other in zip(rows["plain_test_accuracy"], rows["test_accuracy"], strict=True):
             ax.plot([i - 0.15, i + 0.15], [plain, other], color=GREY, lw=0.8, zorder=1)
         ax.scatter([i - 0.15] * len(rows), rows["plain_test_accuracy"], color=BLUE, label="plain" if i == 0 else None)
-        ax.scatter([i + 0.15] * len(rows), rows["test_accuracy"], color=ORANGE, label="with proxies" if i == 0 else None)
+        ax.scatter(
+            [i + 0.15] * len(rows), rows["test_accuracy"], color=ORANGE, label="with proxies" if i == 0 else None
+        )
         change = rows["test_accuracy_difference"].mean()
         ax.annotate(
-            f"{100 * change:+.1f} points\nn = {len(rows)}", (i, rows[["plain_test_accuracy", "test_accuracy"]].to_numpy().max()),
-            xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8,
+            f"{100 * change:+.1f} points\nn = {len(rows)}",
+            (i, rows[["plain_test_accuracy", "test_accuracy"]].to_numpy().max()),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
         )
     ax.set_xticks(range(len(arms)), arms)
     ax.set_xlim(-0.6, len(arms) - 0.4)
@@ -426,15 +480,28 @@ def accuracy_by(frame: pd.DataFrame, *, by: Sequence[str] = BY) -> tuple[Figure,
             group = shown[shown[name] == value]
             colours = [ORANGE if steps else BLUE for steps in group["proxy_steps"]]
             ax.scatter([i] * len(group), group["val_accuracy"], c=colours, s=22)
-            ax.annotate(f"n={len(group)}", (i, group["val_accuracy"].max()), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
-            rows += [{"parameter": name, "value": value, "run": r.run, "seed": r.seed, "val_accuracy": r.val_accuracy} for r in group.itertuples()]
+            ax.annotate(
+                f"n={len(group)}",
+                (i, group["val_accuracy"].max()),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
+            rows += [
+                {"parameter": name, "value": value, "run": r.run, "seed": r.seed, "val_accuracy": r.val_accuracy}
+                for r in group.itertuples()
+            ]
         ax.set_xticks(range(len(values)), [str(v) for v in values], rotation=30 if len(values) > 2 else 0)
         ax.set_xlim(-0.6, max(len(values), 1) - 0.4)
         ax.set_title(name)
     axes[0, 0].set_ylabel("validation accuracy")
     axes[0, 0].margins(y=0.2)
     axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    handles = [matplotlib.lines.Line2D([], [], ls="", marker="o", color=c, label=t) for c, t in ((BLUE, "plain"), (ORANGE, "with proxies"))]
+    handles = [
+        matplotlib.lines.Line2D([], [], ls="", marker="o", color=c, label=t)
+        for c, t in ((BLUE, "plain"), (ORANGE, "with proxies"))
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure, pd.DataFrame(rows, columns=["parameter", "value", "run", "seed", "val_accuracy"])
 
@@ -463,14 +530,19 @@ def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> tuple[Figur
         ax.set_yticks(y, [f"{_short(f'{row.arm} − {row.against}', 56)}  (n = {row.n})" for row in rows.itertuples()])
         ax.set_title(f"{dataset}, {model}")
         ax.set_xlabel("difference in test accuracy, in points, 95 % interval")
-    handles = [matplotlib.lines.Line2D([], [], marker="o", ms=4, color=c, label=t) for c, t in ((ORANGE, "declared"), (BLUE, "descriptive"))]
+    handles = [
+        matplotlib.lines.Line2D([], [], marker="o", ms=4, color=c, label=t)
+        for c, t in ((ORANGE, "declared"), (BLUE, "descriptive"))
+    ]
     handles.append(matplotlib.patches.Patch(color=GREY, alpha=0.2, label="within half a point"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure, shown
 
 
 @styled
-def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapping[str, str]]) -> tuple[Figure, pd.DataFrame]:
+def one_at_a_time(
+    table: pd.DataFrame, *, around: str, values: Mapping[str, Mapping[str, str]]
+) -> tuple[Figure, pd.DataFrame]:
     """A study of one parameter at a time: a panel per parameter, the difference to the reference over its values, with intervals.
 
     Args:
@@ -499,7 +571,10 @@ def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapp
     counts = sorted({int(n) for n in shown["n"]})
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     axes[0, 0].set_ylabel(f"test accuracy, difference to {reference}\nin points, 95 % interval ({n})")
-    handles = [matplotlib.lines.Line2D([], [], marker="o", ms=4, color=c, label=t) for c, t in ((ORANGE, f"{around}, in every panel"), (BLUE, "one parameter changed"))]
+    handles = [
+        matplotlib.lines.Line2D([], [], marker="o", ms=4, color=c, label=t)
+        for c, t in ((ORANGE, f"{around}, in every panel"), (BLUE, "one parameter changed"))
+    ]
     handles.append(matplotlib.patches.Patch(color=GREY, alpha=0.2, label="within half a point"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure, shown
@@ -551,7 +626,15 @@ def confusion(matrix: pd.DataFrame, *, most_named: int = 30) -> tuple[Figure, pd
         for i in range(n):
             for k in range(n):
                 if matrix.iat[i, k]:
-                    ax.text(k, i, matrix.iat[i, k], ha="center", va="center", fontsize=7, color="white" if share[i, k] > 0.5 else "black")
+                    ax.text(
+                        k,
+                        i,
+                        matrix.iat[i, k],
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if share[i, k] > 0.5 else "black",
+                    )
         ax.set_xticks(range(n), [_short(str(c)) for c in matrix.columns], rotation=45, ha="right")
         ax.set_yticks(range(n), [_short(str(c)) for c in matrix.index])
     ax.set(xlabel="predicted", ylabel="true")

@@ -104,10 +104,14 @@ def check_name(name: str) -> None:
     """Refuse a name that timm does not know, before anything is loaded."""
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        raise ParameterError("model", name, f"allowed is any name of timm.list_models(){nearest(base, timm.list_models())}")
+        raise ParameterError(
+            "model", name, f"allowed is any name of timm.list_models(){nearest(base, timm.list_models())}"
+        )
     known = timm.list_pretrained(f"{base}.*")
     if tag and name not in known:
-        raise ParameterError("model", name, f"allowed tags of {base} are {', '.join(known) or 'none'}{nearest(name, known)}")
+        raise ParameterError(
+            "model", name, f"allowed tags of {base} are {', '.join(known) or 'none'}{nearest(name, known)}"
+        )
 
 
 def create(
@@ -136,10 +140,14 @@ def create(
     """
     check_name(name)
     if isinstance(pretrained, str) and not Path(pretrained).expanduser().is_file():
-        raise ParameterError("pretrained", pretrained, "there is no such file; allowed is true, false or a weights file")
+        raise ParameterError(
+            "pretrained", pretrained, "there is no such file; allowed is true, false or a weights file"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = (_download(name, classes) if pretrained is True else timm.create_model(name, num_classes=classes)).eval()
+        network = (
+            _download(name, classes) if pretrained is True else timm.create_model(name, num_classes=classes)
+        ).eval()
         try:
             changes, cam = _fit(network, name, image_size)
         except ParameterError as refusal:
@@ -193,7 +201,11 @@ def load_weights(network: nn.Module, path: Path) -> None:
         state = convert(state, network) if convert else state
     head = {f"{name}.{part}" for name in _heads(network) for part in ("weight", "bias")}
     replaced = {key for key in head & state.keys() if state[key].shape != own[key].shape}
-    state = {key: value for key, value in state.items() if not any(key.rsplit(".", 1)[0] == r.rsplit(".", 1)[0] for r in replaced)}
+    state = {
+        key: value
+        for key, value in state.items()
+        if not any(key.rsplit(".", 1)[0] == r.rsplit(".", 1)[0] for r in replaced)
+    }
     wrong = [k for k, v in state.items() if k not in own or v.shape != own[k].shape]
     missing = [k for k in own if k not in state and k not in head]
     if wrong or missing:
@@ -294,12 +306,16 @@ def _named_cam(network: nn.Module, layer: str, image_size: int) -> Cam:
         raise ParameterError("cam_layer", layer, f"allowed is a module's dotted name{nearest(layer, names)}")
     cam = _layer_cam(network, layer, image_size)
     if cam is None:
-        raise ParameterError("cam_layer", layer, "allowed is a module that gives a map or patch tokens, [N, C, h, w] or [N, T, C]")
+        raise ParameterError(
+            "cam_layer", layer, "allowed is a module that gives a map or patch tokens, [N, C, h, w] or [N, T, C]"
+        )
     if min(cam.grid) < MIN_GRID:
         size = "x".join(map(str, cam.grid))
         raise ParameterError("cam_layer", layer, f"its grid is {size}; allowed is one of {MIN_GRID}x{MIN_GRID} or more")
     if not _reaches(network, cam, image_size):
-        raise ParameterError("cam_layer", layer, "its patches have no gradient; allowed is a layer that the logits depend on everywhere")
+        raise ParameterError(
+            "cam_layer", layer, "its patches have no gradient; allowed is a layer that the logits depend on everywhere"
+        )
     return cam
 
 
@@ -558,5 +574,9 @@ def resnet9(pretrained: bool = False, *, num_classes: int = 1000, in_chans: int 
         raise RuntimeError("there are no weights for resnet9")
     network = ResNet9(num_classes, in_chans)
     # mean and standard deviation of CIFAR-10's training images
-    network.pretrained_cfg = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616), "input_size": (3, 32, 32)}
+    network.pretrained_cfg = {
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2470, 0.2435, 0.2616),
+        "input_size": (3, 32, 32),
+    }
     return network

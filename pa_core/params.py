@@ -87,7 +87,11 @@ def runs_home(runs_dir: str = "runs") -> Path:
 
 
 def _integer(low: int, high: int | None = None) -> Callable[[Any], int]:
-    allowed = f"allowed is a whole number of at least {low}" if high is None else f"allowed is a whole number from {low} to {high}"
+    allowed = (
+        f"allowed is a whole number of at least {low}"
+        if high is None
+        else f"allowed is a whole number from {low} to {high}"
+    )
 
     def coerce(value: Any) -> int:
         number = _number(value, allowed)
@@ -319,7 +323,9 @@ class Experiment:
             except ValueError as error:
                 raise ParameterError(name, value, str(error)) from None
         if parse(self.schedule)[0] == PROXY and self.pretrained is False:
-            allowed = "a schedule that begins with p needs pretrained weights, an untrained network has learnt nothing yet"
+            allowed = (
+                "a schedule that begins with p needs pretrained weights, an untrained network has learnt nothing yet"
+            )
             raise ParameterError("schedule", self.schedule, allowed)
         if self.fold >= self.folds:
             raise ParameterError("fold", self.fold, f"allowed is 0 to {self.folds - 1}, for folds = {self.folds}")
@@ -330,7 +336,9 @@ class Experiment:
         for name in values:
             if name not in COERCE:
                 raise ParameterError(
-                    str(name), values[name], f"there is no such parameter{nearest(name, COERCE)}; see the parameter table"
+                    str(name),
+                    values[name],
+                    f"there is no such parameter{nearest(name, COERCE)}; see the parameter table",
                 )
         return cls(**values)
 
@@ -343,7 +351,9 @@ class Experiment:
             values = yaml.safe_load(Path(path).read_text()) or {}
         except (OSError, yaml.YAMLError) as error:
             reason = str(error).splitlines()[0]
-            raise ParameterError("params file", str(path), f"it cannot be read ({reason}); allowed is a YAML file") from error
+            raise ParameterError(
+                "params file", str(path), f"it cannot be read ({reason}); allowed is a YAML file"
+            ) from error
         if not isinstance(values, dict):
             raise ParameterError("params file", str(path), "allowed is a file of lines such as 'lr: 1e-3'")
         return cls.from_mapping(values)
@@ -406,7 +416,13 @@ class Experiment:
             image_size: as resolved by the dataset.
             weights: digest of the weights file, when ``pretrained`` names one.
         """
-        content = {"schema": SCHEMA, "parameters": self.effective(), "data": data, "image_size": image_size, "weights": weights}
+        content = {
+            "schema": SCHEMA,
+            "parameters": self.effective(),
+            "data": data,
+            "image_size": image_size,
+            "weights": weights,
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def command(self, notebook: str) -> str:

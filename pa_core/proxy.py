@@ -195,7 +195,11 @@ def make_proxies(
     else:
         maps = _heatmaps(model, images, e, choice, ids=ids, device=device, dtype=dtype)
         mask = masking.region(
-            maps, mask_region=e.mask_region, threshold_mode=e.threshold_mode, threshold=e.threshold, max_share=e.max_share
+            maps,
+            mask_region=e.mask_region,
+            threshold_mode=e.threshold_mode,
+            threshold=e.threshold,
+            max_share=e.max_share,
         )
     changed = masking.apply(
         images,
@@ -213,7 +217,14 @@ def make_proxies(
 
 
 def _heatmaps(
-    model: Classifier, images: Tensor, e: Experiment, choice: Choice, *, ids: list[str], device: torch.device, dtype: torch.dtype
+    model: Classifier,
+    images: Tensor,
+    e: Experiment,
+    choice: Choice,
+    *,
+    ids: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
     """[n, S, S] in [0, 1]: from the maps of the scoring pass, or by a pass of their own."""
     if choice.maps is not None:
@@ -221,7 +232,9 @@ def _heatmaps(
     target = choice.targets.to(device)
     images = images.contiguous(memory_format=memory_format(device))  # as in training
     with autocast(device, dtype):
-        return attribution.heatmaps(model, images, method=e.xai, target=target, smooth=e.smooth, ids=ids, seed=choice.seed)
+        return attribution.heatmaps(
+            model, images, method=e.xai, target=target, smooth=e.smooth, ids=ids, seed=choice.seed
+        )
 
 
 def donors(part: Part, positions: Tensor, *, seed: int) -> Tensor:
@@ -326,14 +339,18 @@ def proxy_step(
             images.write(at, made.images)
             tally.add(made)
             if int(at[0]) == 0:
-                np.savez(building / "examples.npz", maps=made.maps[:EXAMPLES].numpy(), mask=made.mask[:EXAMPLES].numpy())
+                np.savez(
+                    building / "examples.npz", maps=made.maps[:EXAMPLES].numpy(), mask=made.mask[:EXAMPLES].numpy()
+                )
                 if show is not None:
                     show(made)
     np.save(building / "positions.npy", choice.positions.numpy())
     tally.table(part, choice, scores).to_csv(building / "proxies.csv", index=False)
     building.rename(directory)
     asked = len(part) if experiment.select == "all" else selection.count(len(part), experiment.fraction)
-    asked = asked if candidates is None else len(choice)  # there it is a fraction of the wrong ones, however many those are
+    asked = (
+        asked if candidates is None else len(choice)
+    )  # there it is a fraction of the wrong ones, however many those are
     return Record(
         step=step,
         epoch=epoch,

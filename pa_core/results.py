@@ -156,7 +156,9 @@ def _read_index(home: Path) -> dict[str, list[Any]]:
     """Run -> [stamp, row]; empty where there is no index, or one that is damaged or has other columns."""
     try:
         content = json.loads((home / _INDEX).read_bytes())
-        if content["columns"] == list(_COLUMNS) and all(len(row) == len(_COLUMNS) for _, row in content["runs"].values()):
+        if content["columns"] == list(_COLUMNS) and all(
+            len(row) == len(_COLUMNS) for _, row in content["runs"].values()
+        ):
             return content["runs"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it saves time and nothing else
         pass
@@ -179,7 +181,9 @@ def _write_index(home: Path, entries: dict[str, list[Any]]) -> None:
 
 def _weights(manifest: dict[str, Any]) -> str:
     """What training started from, as far as runs can share it: a weights file counts by content."""
-    return str(manifest["parameters"]["pretrained"]) if not manifest.get("weights_digest") else manifest["weights_digest"]
+    return (
+        str(manifest["parameters"]["pretrained"]) if not manifest.get("weights_digest") else manifest["weights_digest"]
+    )
 
 
 def _known(frame: pd.DataFrame, parameter: str, names: Sequence[str]) -> list[str]:
@@ -218,7 +222,11 @@ def best(frame: pd.DataFrame, *, by: Sequence[str] = ("dataset", "model"), value
 
 
 def pivot(
-    frame: pd.DataFrame, *, rows: Sequence[str] = ("dataset", "model"), columns: Sequence[str] = ("schedule",), value: str = "test_accuracy"
+    frame: pd.DataFrame,
+    *,
+    rows: Sequence[str] = ("dataset", "model"),
+    columns: Sequence[str] = ("schedule",),
+    value: str = "test_accuracy",
 ) -> pd.DataFrame:
     """Mean, standard deviation and number of finished runs, rows by columns.
 
@@ -233,7 +241,9 @@ def pivot(
     done = _finished(frame).dropna(subset=[value])
     cells = done.groupby([*rows, *columns], dropna=False)[value].agg(mean="mean", sd="std", n="size")
     table = cells.unstack(list(range(len(rows), len(rows) + len(columns))))
-    table = table.reorder_levels([*range(1, len(columns) + 1), 0], axis=1).sort_index(axis=1, level=list(range(len(columns))), sort_remaining=False)
+    table = table.reorder_levels([*range(1, len(columns) + 1), 0], axis=1).sort_index(
+        axis=1, level=list(range(len(columns))), sort_remaining=False
+    )
     return table
 
 
@@ -246,11 +256,17 @@ def latex(table: pd.DataFrame, *, caption: str = "", label: str = "", percent: b
         percent: times 100, for accuracies; the caption should say so.
     """
     factor, cells = 100 if percent else 1, table.columns.droplevel(-1).unique()
-    text = pd.DataFrame({key: [_cell(*row, factor) for row in table[key][["mean", "sd", "n"]].to_numpy()] for key in cells}, index=table.index)
+    text = pd.DataFrame(
+        {key: [_cell(*row, factor) for row in table[key][["mean", "sd", "n"]].to_numpy()] for key in cells},
+        index=table.index,
+    )
     text.columns = [" / ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in cells]
     body = text.reset_index()
     lines = [[_escaped(str(name)) for name in body.columns]]
-    lines += [[_escaped(str(v)) for v in row[: table.index.nlevels]] + list(row[table.index.nlevels :]) for row in body.to_numpy().tolist()]
+    lines += [
+        [_escaped(str(v)) for v in row[: table.index.nlevels]] + list(row[table.index.nlevels :])
+        for row in body.to_numpy().tolist()
+    ]
     head, *rest = (" & ".join(line) + r" \\" for line in lines)
     form = "l" * table.index.nlevels + "r" * len(cells)
     extra = [rf"\caption{{{_escaped(caption)}}}"] * bool(caption) + [rf"\label{{{label}}}"] * bool(label)
@@ -278,7 +294,9 @@ def pairs(frame: pd.DataFrame) -> pd.DataFrame:
         ``val_accuracy`` the run's value, the plain one's (``plain_...``) and the ``..._difference``.
     """
     done = frame[frame["status"] == FINISHED].assign(
-        length=lambda f: [schedule.epochs(s, p_trains=p != "clean") for s, p in zip(f["schedule"], f["protocol"], strict=True)]
+        length=lambda f: [
+            schedule.epochs(s, p_trains=p != "clean") for s, p in zip(f["schedule"], f["protocol"], strict=True)
+        ]
     )
     done = done.drop_duplicates("digest", keep="last")  # a rerun is no second sample
     shared = [name for name in PARAMETERS if name not in (*_PROXY_PARAMETERS, *_PLACES)]
@@ -291,7 +309,11 @@ def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     merged = keyed[keyed["proxy_steps"] > 0].merge(plain, on="key")
     for name in ("test_accuracy", "val_accuracy"):
         merged[f"{name}_difference"] = merged[name] - merged[f"plain_{name}"]
-    measured = [f"{p}{n}{s}" for n in ("test_accuracy", "val_accuracy") for p, s in (("", ""), ("plain_", ""), ("", "_difference"))]
+    measured = [
+        f"{p}{n}{s}"
+        for n in ("test_accuracy", "val_accuracy")
+        for p, s in (("", ""), ("plain_", ""), ("", "_difference"))
+    ]
     merged["stale"] = merged["stale"] | merged["plain_stale"].astype(bool)
     return merged[["run", "plain_run", "stale", "dataset", "model", *_PROXY_PARAMETERS, "seed", *measured]]
 
@@ -309,7 +331,9 @@ def runs_table(frame: pd.DataFrame, *, study: str = "") -> pd.DataFrame:
     for (dataset, _, seed), group in done.groupby(["dataset", "model", "seed"], sort=False):
         for name in SHARED:
             if group[name].nunique(dropna=False) > 1:
-                raise RunError(f"the runs of {dataset}, seed {seed}, differ in {name}, so that they are no pairs: {', '.join(group[arm])}")
+                raise RunError(
+                    f"the runs of {dataset}, seed {seed}, differ in {name}, so that they are no pairs: {', '.join(group[arm])}"
+                )
     done["proxy_epochs"] = done["proxy_seconds"] / (done["train_seconds"] / done["epochs"])
     keys = [name for name in statistics.RUN_COLUMNS if name not in ("metric", "value")]
     long = done.melt(id_vars=keys, value_vars=COMPARED, var_name="metric", value_name="value").dropna(subset="value")
@@ -318,7 +342,9 @@ def runs_table(frame: pd.DataFrame, *, study: str = "") -> pd.DataFrame:
     return long[list(statistics.RUN_COLUMNS)].reset_index(drop=True)
 
 
-def compare(frame: pd.DataFrame, *, reference: str, declared: Iterable[Contrast | str] = (), study: str = "") -> pd.DataFrame:
+def compare(
+    frame: pd.DataFrame, *, reference: str, declared: Iterable[Contrast | str] = (), study: str = ""
+) -> pd.DataFrame:
     """The arms of a sweep, paired by seed: differences with 95 % intervals, p-values, verdicts. See `statistics.compare`.
 
     >>> frame = sweep.run("my_arms.yaml")  # doctest: +SKIP
@@ -366,7 +392,13 @@ def open_run(name: str, runs_dir: str = "runs") -> Run:
     return Run.load(runs_home(runs_dir) / Path(name))
 
 
-def command(notebook: str, runs_dir: str = "runs", run_name: str | None = None, images: str | None = None, studies: str = "committed") -> str:
+def command(
+    notebook: str,
+    runs_dir: str = "runs",
+    run_name: str | None = None,
+    images: str | None = None,
+    studies: str = "committed",
+) -> str:
     """The papermill command that draws the analysis again."""
     options = [f"-p runs_dir {shlex.quote(runs_dir)}"] if runs_dir != "runs" else []
     options += [f"-p run_name {shlex.quote(run_name)}"] if run_name else []
@@ -383,7 +415,9 @@ def class_changes(plain: Run | None, other: Run) -> pd.DataFrame:
     Raises:
         RunError: the two runs were tested on different images, so that there is nothing to compare.
     """
-    before = plain.classes if plain else other.classes.assign(precision=float("nan"), recall=float("nan"), f1=float("nan"))
+    before = (
+        plain.classes if plain else other.classes.assign(precision=float("nan"), recall=float("nan"), f1=float("nan"))
+    )
     if plain and plain.manifest["data_digest"] != other.manifest["data_digest"]:
         raise RunError(f"{plain.path.name} and {other.path.name} were tested on different data")
     table = before.merge(other.classes, on="class", suffixes=("_plain", "_proxy"))

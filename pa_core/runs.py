@@ -29,7 +29,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -129,7 +129,9 @@ class Run:
         if not path.is_file():
             raise RunError(f"{self.path} holds no weights: its status is {self.manifest.get('status')}")
         e, classes = self.experiment, self.manifest["classes"]
-        model = models.create(e.model, classes=len(classes), image_size=self.manifest["image_size"], cam_layer=e.cam_layer)
+        model = models.create(
+            e.model, classes=len(classes), image_size=self.manifest["image_size"], cam_layer=e.cam_layer
+        )
         model.network.load_state_dict(load_file(path))
         return model.eval().to(device)
 
@@ -173,7 +175,9 @@ def writing(path: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own over it
         if not isinstance(cause, OSError):
             raise
-        raise RunError(f"{shown(path)} cannot be written ({cause.strerror}); what was there before is intact") from error
+        raise RunError(
+            f"{shown(path)} cannot be written ({cause.strerror}); what was there before is intact"
+        ) from error
 
 
 @contextmanager
@@ -304,7 +308,16 @@ def load_checkpoint(path: Path, log: Callable[[str], None] = print) -> dict[str,
 
 def _damage(file: Path) -> str:
     """What is wrong with a checkpoint; empty when nothing is. torch.save writes checksums that torch.load does not compare."""
-    broken = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError)
+    broken = (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+    )
     try:
         with zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
@@ -349,7 +362,9 @@ def git_commit() -> str | None:
         return None
     try:
         commit, changed = (
-            subprocess.run(["git", "-C", str(home()), *words], capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(
+                ["git", "-C", str(home()), *words], capture_output=True, text=True, check=True
+            ).stdout.strip()
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet: provenance says None
@@ -368,7 +383,7 @@ def process() -> str:
 
 
 def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def device_name(device: torch.device) -> str:

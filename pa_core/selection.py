@@ -69,7 +69,13 @@ def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor
     if by == "random":
         generator = torch.Generator().manual_seed(derived_seed(seed, "select"))
         return torch.randperm(n, generator=generator)[: count(n, fraction)]
-    keys = {"loss": -scores.loss, "misclassified": -scores.loss, "margin": scores.margin, "entropy": -scores.entropy, "easiest": scores.loss}
+    keys = {
+        "loss": -scores.loss,
+        "misclassified": -scores.loss,
+        "margin": scores.margin,
+        "entropy": -scores.entropy,
+        "easiest": scores.loss,
+    }
     if by not in keys:
         raise ParameterError("select", by, f"allowed is one of {', '.join(keys)}, random, all")
     order = keys[by].argsort(stable=True)

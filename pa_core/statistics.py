@@ -152,12 +152,16 @@ def compare(
     known = list(dict.fromkeys(runs["arm"]))
     for name in (reference, *(name for c in (*declared, *described) for name in (c.arm, c.against))):
         if name not in known:
-            raise ParameterError("arm", name, f"there is no run of it{nearest(name, known)}; allowed is one of {', '.join(known)}")
+            raise ParameterError(
+                "arm", name, f"there is no run of it{nearest(name, known)}; allowed is one of {', '.join(known)}"
+            )
     rows = []
     for key, group in runs.groupby(["study", "dataset", "model", "metric"], sort=False):
         values = {arm: rows.set_index("seed")["value"] for arm, rows in group.groupby("arm", sort=False)}
         others = [Contrast(arm=arm, against=reference) for arm in values if arm != reference]
-        wanted = dict.fromkeys([*(c for c in (*declared, *described) if c.arm in values and c.against in values), *others])
+        wanted = dict.fromkeys(
+            [*(c for c in (*declared, *described) if c.arm in values and c.against in values), *others]
+        )
         common = dict(zip(("study", "dataset", "model", "metric"), key, strict=True))
         if reference in values:
             rows.append(common | {"arm": reference, "declared": False} | _spread(values[reference]))
@@ -170,7 +174,11 @@ def compare(
     table["p_holm"] = np.nan
     table.loc[family, "p_holm"] = holm(table.loc[family, "p_value"])
     table["verdict"] = [
-        np.nan if not row.declared else verdict(row.low, row.high, p=row.p_holm) if row.n >= FEWEST_FOR_VERDICT else TOO_FEW
+        np.nan
+        if not row.declared
+        else verdict(row.low, row.high, p=row.p_holm)
+        if row.n >= FEWEST_FOR_VERDICT
+        else TOO_FEW
         for row in table.itertuples()
     ]
     return table
@@ -189,7 +197,11 @@ def _row(arm: pd.Series, against: pd.Series, test: bool) -> dict[str, Any]:
     difference, low, high = interval(d)
     row |= {"difference": difference, "low": low, "high": high, "p_superior": superiority(d)}
     if test and len(both) > MOST_FOR_P:
-        raise ParameterError("seeds", len(both), f"all signs of so many pairs cannot be tried; allowed are at most {MOST_FOR_P} for a declared contrast")
+        raise ParameterError(
+            "seeds",
+            len(both),
+            f"all signs of so many pairs cannot be tried; allowed are at most {MOST_FOR_P} for a declared contrast",
+        )
     return row | ({"p_value": sign_flip(d)} if test else {})
 
 
@@ -201,15 +213,25 @@ def checked(runs: pd.DataFrame) -> pd.DataFrame:
     """
     for name in RUN_COLUMNS:
         if name not in runs.columns:
-            raise ParameterError("runs", list(runs.columns), f"a column {name} is missing; needed are {', '.join(RUN_COLUMNS)}")
+            raise ParameterError(
+                "runs", list(runs.columns), f"a column {name} is missing; needed are {', '.join(RUN_COLUMNS)}"
+            )
     missing = runs[runs["value"].isna()]
     if len(missing):
         first = missing.iloc[0]
-        raise ParameterError("runs", f"{first['arm']}, seed {first['seed']}", f"its {first['metric']} is missing, of {len(missing)} in all")
+        raise ParameterError(
+            "runs",
+            f"{first['arm']}, seed {first['seed']}",
+            f"its {first['metric']} is missing, of {len(missing)} in all",
+        )
     keys = ["study", "dataset", "model", "arm", "seed", "metric"]
     twice = runs[runs.duplicated(keys)]
     if len(twice):
-        raise ParameterError("runs", f"{twice.iloc[0]['arm']}, seed {twice.iloc[0]['seed']}", "it stands there twice; a seed is one sample")
+        raise ParameterError(
+            "runs",
+            f"{twice.iloc[0]['arm']}, seed {twice.iloc[0]['seed']}",
+            "it stands there twice; a seed is one sample",
+        )
     return runs
 
 
@@ -238,7 +260,10 @@ def decompose(runs: pd.DataFrame, parts: Sequence[Mapping[str, str]]) -> pd.Data
         value = group.pivot(index="seed", columns=["metric", "arm"], values="value")
         for part in parts:
             arm, unmasked, honest = part["arm"], part["unmasked"], part["honest"]
-            needed = [("reported_accuracy", arm), *(("test_accuracy", name) for name in dict.fromkeys((arm, unmasked, honest)))]
+            needed = [
+                ("reported_accuracy", arm),
+                *(("test_accuracy", name) for name in dict.fromkeys((arm, unmasked, honest))),
+            ]
             gone = [f"{metric} of {name}" for metric, name in needed if (metric, name) not in value.columns]
             if gone:
                 raise ParameterError("decomposition", arm, f"there is no {gone[0]}")
@@ -252,6 +277,10 @@ def decompose(runs: pd.DataFrame, parts: Sequence[Mapping[str, str]]) -> pd.Data
             }
             for name, differences in components.items():
                 mean, low, high = interval(differences.to_numpy())
-                common = dict(zip(("study", "dataset", "model"), key, strict=True)) | {"arm": arm, "unmasked": unmasked, "honest": honest}
+                common = dict(zip(("study", "dataset", "model"), key, strict=True)) | {
+                    "arm": arm,
+                    "unmasked": unmasked,
+                    "honest": honest,
+                }
                 rows.append(common | {"component": name, "n": len(v), "mean": mean, "low": low, "high": high})
     return pd.DataFrame(rows, columns="study dataset model arm unmasked honest component n mean low high".split())

@@ -88,11 +88,19 @@ def read(name: str) -> Study:
     """
     path = Path(name) if name.endswith(".yaml") else home_of_studies() / f"{name}.yaml"
     if not path.is_file():
-        raise ParameterError("study", name, f"there is no such file{nearest(name, names())}; allowed is one of {', '.join(names())}, or a path")
+        raise ParameterError(
+            "study",
+            name,
+            f"there is no such file{nearest(name, names())}; allowed is one of {', '.join(names())}, or a path",
+        )
     content = sweep.read_yaml(path)
     for key in content:
         if key not in KEYS:
-            raise ParameterError(f"{path.stem}: {key}", content[key], f"there is no such key{nearest(key, KEYS)}; allowed are {', '.join(KEYS)}")
+            raise ParameterError(
+                f"{path.stem}: {key}",
+                content[key],
+                f"there is no such key{nearest(key, KEYS)}; allowed are {', '.join(KEYS)}",
+            )
     for key in ("reference", "seeds", "arms"):
         if key not in content:
             raise ParameterError(f"{path.stem}: {key}", None, "it is missing")
@@ -115,8 +123,16 @@ def _sweep(path: Path, content: Mapping[str, Any]) -> sweep.Sweep:
     name, arms = path.stem, _arms(path, content)
     most = content.get("contrast_seeds", content["seeds"])
     if content.get("contrasts") and len(_seeds(name, most)) > statistics.MOST_FOR_P:
-        raise ParameterError(f"{name}: seeds", most, f"an exact test of so many pairs takes too long; allowed are at most {statistics.MOST_FOR_P}")
-    contrasted = {name for text in content.get("contrasts", []) for name in (Contrast.parse(text).arm, Contrast.parse(text).against)}
+        raise ParameterError(
+            f"{name}: seeds",
+            most,
+            f"an exact test of so many pairs takes too long; allowed are at most {statistics.MOST_FOR_P}",
+        )
+    contrasted = {
+        name
+        for text in content.get("contrasts", [])
+        for name in (Contrast.parse(text).arm, Contrast.parse(text).against)
+    }
     parts = []
     for seeds, among in ((most, True), (content["seeds"], False)):
         chosen = {label: p for label, p in arms.items() if (split(label)[1] in contrasted) == among}
@@ -164,17 +180,28 @@ def _check(study: Study, content: Mapping[str, Any]) -> None:
     """Equal terms: within a dataset, arms differ only in what they may."""
     by_label = {label: job.experiment for job in study.sweep.jobs for label in job.arms}
     arms = {arm for _, arm in map(split, by_label)}
-    mentioned = [study.reference, *filter(None, [study.around]), *content.get("other_length", []), *(name for part in study.decomposition for name in part.values())]
+    mentioned = [
+        study.reference,
+        *filter(None, [study.around]),
+        *content.get("other_length", []),
+        *(name for part in study.decomposition for name in part.values()),
+    ]
     for name in (*mentioned, *(name for c in (*study.contrasts, *study.described) for name in (c.arm, c.against))):
         if name not in arms:
-            raise ParameterError(f"{study.name}: arm", name, f"there is no such arm{nearest(name, arms)}; allowed is one of {', '.join(sorted(arms))}")
+            raise ParameterError(
+                f"{study.name}: arm",
+                name,
+                f"there is no such arm{nearest(name, arms)}; allowed is one of {', '.join(sorted(arms))}",
+            )
     free = FREE | set(content.get("may_differ", []))
     for label, experiment in by_label.items():
         dataset, arm = split(label)
         reference = by_label[f"{dataset}{BETWEEN}{study.reference}"]
         for name, value in experiment.to_dict().items():
             if name not in free and value != getattr(reference, name):
-                allowed = f"the reference has {getattr(reference, name)!r}; allowed is the same, or may_differ: [{name}]"
+                allowed = (
+                    f"the reference has {getattr(reference, name)!r}; allowed is the same, or may_differ: [{name}]"
+                )
                 raise ParameterError(f"{study.name}: {label}.{name}", value, allowed)
         if experiment.length != reference.length and arm not in content.get("other_length", []):
             allowed = f"it has {experiment.length} epochs and the reference {reference.length}; allowed are as many, or other_length: [{arm}]"
@@ -192,14 +219,20 @@ def collect(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
     """
     undone = frame[frame["status"] != sweep.FINISHED]
     if len(undone):
-        raise RunError(f"study {study.name} is not complete: {len(undone)} of {len(frame)} runs have not finished, {undone.iloc[0]['arm']} first")
+        raise RunError(
+            f"study {study.name} is not complete: {len(undone)} of {len(frame)} runs have not finished, {undone.iloc[0]['arm']} first"
+        )
     return _runs_table(study, frame)
 
 
 def so_far(study: Study) -> pd.DataFrame:
     """What :func:`collect` gives, of the runs that have finished until now; none is made."""
     states = sweep.finished(study.sweep)
-    return _runs_table(study, sweep.table(study.sweep, states)) if states else pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
+    return (
+        _runs_table(study, sweep.table(study.sweep, states))
+        if states
+        else pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
+    )
 
 
 def _runs_table(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
@@ -242,7 +275,11 @@ def draw(study: Study, name: str, table: pd.DataFrame) -> Figure:
     """The figure of one of its tables."""
     if name.endswith(DECOMPOSITION):
         return figures.decomposition(table)[0]
-    return figures.one_at_a_time(table, around=study.around, values=_values(study))[0] if study.around else figures.forest(table)[0]
+    return (
+        figures.one_at_a_time(table, around=study.around, values=_values(study))[0]
+        if study.around
+        else figures.forest(table)[0]
+    )
 
 
 def _values(study: Study) -> dict[str, dict[str, str]]:
@@ -250,16 +287,26 @@ def _values(study: Study) -> dict[str, dict[str, str]]:
 
     Numbers ascend; others stand as in the file.
     """
-    arms = {split(label)[1]: job.experiment.effective() for job in study.sweep.jobs for label in job.arms if job.experiment.seed == 0}
+    arms = {
+        split(label)[1]: job.experiment.effective()
+        for job in study.sweep.jobs
+        for label in job.arms
+        if job.experiment.seed == 0
+    }
     centre, found = Experiment.from_mapping(arms[study.around]), {}
     for arm, effective in arms.items():
         here = Experiment.from_mapping(effective)
         different = [name for name, value in here.to_dict().items() if value != getattr(centre, name)]
         if arm != study.reference and len(different) == 1:
-            found.setdefault(different[0], {study.around: getattr(centre, different[0])})[arm] = getattr(here, different[0])
+            found.setdefault(different[0], {study.around: getattr(centre, different[0])})[arm] = getattr(
+                here, different[0]
+            )
     numeric = {name: all(isinstance(v, (int, float)) for v in values.values()) for name, values in found.items()}
     return {
-        name: {arm: f"{v:g}" if numeric[name] else str(v) for arm, v in (sorted(values.items(), key=lambda i: i[1]) if numeric[name] else values.items())}
+        name: {
+            arm: f"{v:g}" if numeric[name] else str(v)
+            for arm, v in (sorted(values.items(), key=lambda i: i[1]) if numeric[name] else values.items())
+        }
         for name, values in found.items()
     }
 
@@ -272,7 +319,10 @@ def publish(study: Study, runs: pd.DataFrame, *, folder: str, used: Sequence[Any
     """
     album = figures.Album(figures_dir=folder, command=f"make study STUDY={study.name}")
     runs.to_csv(Path(folder) / f"study_{study.name}_runs.csv", index=False)
-    return [album.save(draw(study, name, table), name, table=table, used=used) for name, table in tables(study, runs).items()]
+    return [
+        album.save(draw(study, name, table), name, table=table, used=used)
+        for name, table in tables(study, runs).items()
+    ]
 
 
 # For notebooks
@@ -293,7 +343,11 @@ def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple
         ParameterError: there is no such source or study.
     """
     if source not in SOURCES:
-        raise ParameterError("studies", source, f"there is no such source{nearest(source, SOURCES)}; allowed is one of {', '.join(SOURCES)}")
+        raise ParameterError(
+            "studies",
+            source,
+            f"there is no such source{nearest(source, SOURCES)}; allowed is one of {', '.join(SOURCES)}",
+        )
     study = read(name.removeprefix("study_").removesuffix(DECOMPOSITION))
     if source == COMMITTED:
         runs = committed_runs(study.name)
@@ -320,7 +374,9 @@ def declared(*, source: str = COMMITTED, runs_dir: str = "runs") -> pd.DataFrame
     found = found[found["declared"].astype(bool)]
     found = found.assign(contrast=found["arm"] + " - " + found["against"])
     points = {name: 100 * found[name].astype(float) for name in ("difference", "low", "high")}
-    return found.assign(**points)[["study", "dataset", "contrast", "n", *points, "p_holm", "verdict"]].reset_index(drop=True)
+    return found.assign(**points)[["study", "dataset", "contrast", "n", *points, "p_holm", "verdict"]].reset_index(
+        drop=True
+    )
 
 
 # Running
@@ -369,7 +425,14 @@ def _seconds_per_epoch(experiment: Experiment, *, threads: int) -> float:
     return (protocol.draws(len(part), experiment) + len(ready.dataset.val) / 3) / rate
 
 
-def run(name: str, *, folder: str | None = None, workers: int | None = None, threads: int | None = None, log: sweep.Log = sweep.say) -> list[Path]:
+def run(
+    name: str,
+    *,
+    folder: str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    log: sweep.Log = sweep.say,
+) -> list[Path]:
     """Make a study's runs as far as they are missing, and then its tables and figures.
 
     Args:
@@ -394,7 +457,9 @@ def run(name: str, *, folder: str | None = None, workers: int | None = None, thr
     runs = collect(study, frame)
     codes = sorted({str(results.open_run(run, runs_dir).manifest["code_version"]) for run in frame["run"]})
     if len(codes) > 1:
-        log(f"its runs were made by {len(codes)} versions of the code: {', '.join(codes)}; the figure's .json has each run's")
+        log(
+            f"its runs were made by {len(codes)} versions of the code: {', '.join(codes)}; the figure's .json has each run's"
+        )
     used = [results.open_run(run, runs_dir) for run in dict.fromkeys(frame["run"])]
     return publish(study, runs, folder=folder or str(home() / "figures"), used=used)
 
@@ -412,7 +477,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.estimate:
             study, here = read(arguments.study), sweep.machine(workers=arguments.workers, threads=arguments.threads)
             seconds = expected(study, workers=here.workers, threads=here.threads)
-            print(f"study {study.name}: {len(study.sweep.jobs)} runs; those that are missing take about {sweep.duration(seconds or 0)} here")
+            print(
+                f"study {study.name}: {len(study.sweep.jobs)} runs; those that are missing take about {sweep.duration(seconds or 0)} here"
+            )
             return 0
         for path in run(arguments.study, folder=arguments.folder, workers=arguments.workers, threads=arguments.threads):
             print(path)

@@ -35,7 +35,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +142,13 @@ def expand(content: Mapping[str, Any], *, name: str = "sweep", folder: Path | No
     folder = folder or Path.cwd()
     for key in content:
         if key not in KEYS:
-            raise _refusal(name, key, content[key], f"there is no such key{nearest(key, KEYS)}; allowed are {', '.join(KEYS)}")
+            raise _refusal(
+                name, key, content[key], f"there is no such key{nearest(key, KEYS)}; allowed are {', '.join(KEYS)}"
+            )
     if not any(content.get(key) for key in ("grid", "arms", "seeds")):
-        raise _refusal(name, "keys", sorted(map(str, content)), "allowed is a sweep with at least one of grid, arms and seeds")
+        raise _refusal(
+            name, "keys", sorted(map(str, content)), "allowed is a sweep with at least one of grid, arms and seeds"
+        )
     base = _base(name, content.get("base"), folder)
     axes = _axes(name, content)
     arms = _arms(name, content.get("arms"), taken=axes)
@@ -205,7 +209,9 @@ def _mapping(name: str, key: str, value: Any) -> dict[str, Any]:
         if parameter not in COERCE:
             if "schedule" in value and (parameter == "p" or str(parameter).isdigit()) and value[parameter] is None:
                 parts = ",".join(str(v) for v in (value["schedule"], *(k for k in value if value[k] is None)))
-                raise _refusal(name, f"{key}.schedule", value["schedule"], f"YAML took it apart at its commas; quote it: '{parts}'")
+                raise _refusal(
+                    name, f"{key}.schedule", value["schedule"], f"YAML took it apart at its commas; quote it: '{parts}'"
+                )
             allowed = f"there is no such parameter{nearest(str(parameter), COERCE)}; see the parameter table"
             raise _refusal(name, f"{key}.{parameter}", value[parameter], allowed)
     return value
@@ -228,7 +234,9 @@ def _values(name: str, key: str, values: Any) -> list[Any]:
     if key == "grid.runs_dir":
         raise _refusal(name, key, values, "a sweep has one runs folder; allowed is runs_dir in base")
     if key == "grid.schedule" and "p" in values:
-        raise _refusal(name, key, values, "YAML took a schedule apart at its commas; quote each, such as ['40', '20,p,20']")
+        raise _refusal(
+            name, key, values, "YAML took a schedule apart at its commas; quote each, such as ['40', '20,p,20']"
+        )
     parameter = "seed" if key == "seeds" else key.removeprefix("grid.")
     coerced = []
     for value in values:
@@ -283,9 +291,16 @@ def _notebook(name: str, value: Any, folder: Path) -> Path | None:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         known = sorted(path.stem for path in (home() / "notebooks").glob("*.ipynb"))
-        raise _refusal(name, "notebook", value, f"there is no such file{nearest(text, known)}; allowed is one of {', '.join(known)}, a path, or none")
+        raise _refusal(
+            name,
+            "notebook",
+            value,
+            f"there is no such file{nearest(text, known)}; allowed is one of {', '.join(known)}, a path, or none",
+        )
     if not _parameter_cell(found):
-        raise _refusal(name, "notebook", value, "it has no cell with the tag parameters, so that papermill could set none")
+        raise _refusal(
+            name, "notebook", value, "it has no cell with the tag parameters, so that papermill could set none"
+        )
     return found
 
 
@@ -305,7 +320,10 @@ class _Places:
         self._data: dict[tuple, tuple[str, int]] = {}
 
     def __call__(self, experiment: Experiment) -> Path:
-        from pa_core.experiment import load_data, locate  # loads torch, which a sweep with nothing to look up never needs
+        from pa_core.experiment import (
+            load_data,
+            locate,
+        )  # loads torch, which a sweep with nothing to look up never needs
 
         key = (experiment.dataset, experiment.data_dir, experiment.image_size, experiment.bad_images)
         if key not in self._data:
@@ -431,8 +449,8 @@ def machine(*, workers: int | None = None, threads: int | None = None, cpu: bool
         workers, threads: runs at a time, threads of each; one follows from the other.
         cpu: leave the GPUs alone.
     """
-    from distributed.system import MEMORY_LIMIT  # knows of limits of containers, as
     from dask.system import CPU_COUNT  # does
+    from distributed.system import MEMORY_LIMIT  # knows of limits of containers, as
 
     devices = () if cpu else gpus()
     if workers is None:
@@ -566,7 +584,9 @@ def work(task: Task) -> tuple[str, str, float]:
     children = worker.plugins[task.plugin]
     with open(task.log, "ab") as log:
         command = [sys.executable, *task.arguments]
-        with children.process(command, cwd=task.folder, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log) as process:
+        with children.process(
+            command, cwd=task.folder, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
+        ) as process:
             code = process.wait()
     if code and children.stopped:
         raise Stopped
@@ -616,21 +636,34 @@ def raised(notebook: Path) -> tuple[str, str]:
         for output in cell.get("outputs", []):
             if output.get("output_type") == "error":
                 source = [line for line in "".join(cell["source"]).splitlines() if line.strip()]
-                return f"{output['ename']}: {output['evalue']}", f"In [{cell.get('execution_count')}]: {source[-1] if source else ''}"
+                return (
+                    f"{output['ename']}: {output['evalue']}",
+                    f"In [{cell.get('execution_count')}]: {source[-1] if source else ''}",
+                )
     return "", ""
 
 
 # Clusters
 
 
-JOBQUEUES = {"htcondor": "HTCondor", "lsf": "LSF", "moab": "Moab", "oar": "OAR", "pbs": "PBS", "sge": "SGE", "slurm": "SLURM"}
+JOBQUEUES = {
+    "htcondor": "HTCondor",
+    "lsf": "LSF",
+    "moab": "Moab",
+    "oar": "OAR",
+    "pbs": "PBS",
+    "sge": "SGE",
+    "slurm": "SLURM",
+}
 
 
 def _dask() -> None:
     try:
         import distributed  # noqa: F401
     except ImportError as error:
-        raise ParameterError("sweep", "without Dask", "a sweep needs Dask; pip install 'pa-core[sweep]' or -r requirements.txt") from error
+        raise ParameterError(
+            "sweep", "without Dask", "a sweep needs Dask; pip install 'pa-core[sweep]' or -r requirements.txt"
+        ) from error
 
 
 @contextmanager
@@ -640,7 +673,9 @@ def _local(here: Machine, workers: int) -> Iterator[Any]:
     from distributed import LocalCluster
 
     spawned = {k: v for k, v in dask.config.get("distributed.nanny.pre-spawn-environ").items() if k != TRIM}
-    with dask.config.set({"distributed.scheduler.allowed-failures": WORKER_DEATHS, "distributed.nanny.pre-spawn-environ": spawned}):
+    with dask.config.set(
+        {"distributed.scheduler.allowed-failures": WORKER_DEATHS, "distributed.nanny.pre-spawn-environ": spawned}
+    ):
         options = {"dashboard_address": ":0", "memory_limit": 0, "silence_logs": logging.CRITICAL}
         with LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **options) as cluster:
             yield cluster
@@ -688,7 +723,9 @@ class _Workers:
 
 
 @contextmanager
-def _workers(here: Machine | None, jobs: int, *, threads: int | None, scheduler: str | None, cluster: str | None) -> Iterator[_Workers]:
+def _workers(
+    here: Machine | None, jobs: int, *, threads: int | None, scheduler: str | None, cluster: str | None
+) -> Iterator[_Workers]:
     from distributed import Client
 
     with ExitStack() as stack:
@@ -697,7 +734,9 @@ def _workers(here: Machine | None, jobs: int, *, threads: int | None, scheduler:
                 client = stack.enter_context(Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False))
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())
-                raise ParameterError("scheduler", scheduler, f"no Dask scheduler answers there ({reason}); allowed is its address") from error
+                raise ParameterError(
+                    "scheduler", scheduler, f"no Dask scheduler answers there ({reason}); allowed is its address"
+                ) from error
             count = sum(client.nthreads().values())
             yield _Workers(client=client, count=count, threads=threads or 1)
         elif cluster:
@@ -748,7 +787,8 @@ def run(
     todo = [job for job in sweep.jobs if job.key not in states]
     same = sweep.combinations - len(sweep.jobs)
     log(
-        f"{sweep.name}: {len(sweep.jobs)} runs" + (f" ({sweep.combinations} combinations, {same} of them the same run as another)" if same else "")
+        f"{sweep.name}: {len(sweep.jobs)} runs"
+        + (f" ({sweep.combinations} combinations, {same} of them the same run as another)" if same else "")
         + f", {len(states)} finished before, {len(todo)} to do"
     )
     if dry_run:
@@ -760,7 +800,10 @@ def run(
         here = None
         if not scheduler and not cluster:
             here = machine(workers=workers, threads=threads, cpu=all(job.experiment.device == "cpu" for job in todo))
-        with _folder(sweep) as folder, _workers(here, len(todo), threads=threads, scheduler=scheduler, cluster=cluster) as pool:
+        with (
+            _folder(sweep) as folder,
+            _workers(here, len(todo), threads=threads, scheduler=scheduler, cluster=cluster) as pool,
+        ):
             try:
                 _make(sweep, todo, states, places, folder, pool, log)
             finally:
@@ -778,7 +821,7 @@ def _folder(sweep: Sweep) -> Iterator[Path]:
     except OSError as error:
         allowed = f"no folder can be made there ({error.strerror}); allowed is a folder that can be written"
         raise ParameterError("runs_dir", sweep.jobs[0].experiment.runs_dir, allowed) from error
-    yield Path(tempfile.mkdtemp(prefix=f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-", dir=above))
+    yield Path(tempfile.mkdtemp(prefix=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-", dir=above))
 
 
 # papermill in a process that ends when its standard input does, which is when the worker dies in whatever way; the kernel ends
@@ -819,16 +862,25 @@ def _anywhere(experiment: Experiment) -> dict[str, str]:
 
 def _papermill(notebook: Path, job: Job, task: Task) -> dict[str, Any]:
     """Arguments and environment of its papermill process."""
-    places = {"figures_dir": str(task.output.with_suffix(".figures"))} if re.search(r"(?m)^figures_dir\s*=", _parameter_cell(notebook)) else {}
+    places = (
+        {"figures_dir": str(task.output.with_suffix(".figures"))}
+        if re.search(r"(?m)^figures_dir\s*=", _parameter_cell(notebook))
+        else {}
+    )
     parameters = task.output.with_suffix(".yaml")
     parameters.write_text(yaml.safe_dump(job.parameters | places, sort_keys=False))
     words = ["-c", _PAPERMILL, str(notebook), str(task.output), "-f", str(parameters), "--no-progress-bar"]
     words += ["--log-level", "WARNING", "--stdout-file", "-", "--stderr-file", "-"]
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
-    return {"arguments": tuple(words), "environment": task.environment | {"PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}}
+    return {
+        "arguments": tuple(words),
+        "environment": task.environment | {"PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"},
+    }
 
 
-def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _Places, folder: Path, pool: _Workers, log: Log) -> None:
+def _make(
+    sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _Places, folder: Path, pool: _Workers, log: Log
+) -> None:
     """Give the jobs out and note in ``states`` how each ends."""
     from distributed import as_completed
 
@@ -836,8 +888,14 @@ def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _
 
     expected = estimate(sweep, todo, workers=pool.count)
     log(
-        f"{pool.count} at a time with {_many(pool.threads, 'thread')} each" + (f", a GPU each of {', '.join(pool.gpus)}" if pool.gpus else "") + "; "
-        + ("how long is not known, no run of such a dataset and model has finished" if expected is None else f"about {duration(expected)}")
+        f"{pool.count} at a time with {_many(pool.threads, 'thread')} each"
+        + (f", a GPU each of {', '.join(pool.gpus)}" if pool.gpus else "")
+        + "; "
+        + (
+            "how long is not known, no run of such a dataset and model has finished"
+            if expected is None
+            else f"about {duration(expected)}"
+        )
     )
     pool.client.register_plugin(_children(own=pool.own), name=folder.name)
     tasks = {job.key: _task(sweep, job, folder, pool) for job in todo}
@@ -852,7 +910,10 @@ def _make(sweep: Sweep, todo: Sequence[Job], states: dict[str, State], places: _
             states[job.key] = state
             left = (time.perf_counter() - started) / count * (len(todo) - count)
             what = ", ".join(filter(None, [state.error, state.cell])) or state.run.name
-            log(f"[{count}/{len(todo)}] {state.status}: {sweep.title(job)}: {what}" + (f"; about {duration(left)} left" if left else ""))
+            log(
+                f"[{count}/{len(todo)}] {state.status}: {sweep.title(job)}: {what}"
+                + (f"; about {duration(left)} left" if left else "")
+            )
     except KeyboardInterrupt:
         log("interrupted: stopping the runs under way; the same command goes on from their checkpoints")
         pool.client.cancel(list(futures))  # so that what is stopped is not given out again
@@ -922,7 +983,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("file", help="a YAML file with the keys notebook, base, grid, arms, seeds")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, start none")
     parser.add_argument("--workers", type=positive, help="runs at a time; by default one per GPU, or per core")
-    parser.add_argument("--threads", type=positive, help="threads of each run; by default the cores divided by the workers")
+    parser.add_argument(
+        "--threads", type=positive, help="threads of each run; by default the cores divided by the workers"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--scheduler", metavar="ADDRESS", help="use a running Dask cluster, such as tcp://node:8786")
     where.add_argument("--cluster", metavar="FILE", help="start one through dask-jobqueue, from a YAML file")

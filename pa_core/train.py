@@ -207,7 +207,9 @@ def steps_per_epoch(draws: int, batch_size: int) -> int:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, source: Source, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Evaluation:
+def evaluate(
+    model: nn.Module, source: Source, *, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Evaluation:
     """Loss and accuracy on all images, in eval mode without augmentation; the model's mode is left as found."""
     started = time.perf_counter()
     training = model.training
@@ -222,7 +224,10 @@ def evaluate(model: nn.Module, source: Source, *, device: torch.device, dtype: t
     labels = send(source.labels, device)
     loss, correct = F.cross_entropy(stacked, labels), (stacked.argmax(1) == labels).sum()
     return Evaluation(
-        loss=float(loss), accuracy=int(correct) / len(source), logits=stacked.cpu(), seconds=time.perf_counter() - started
+        loss=float(loss),
+        accuracy=int(correct) / len(source),
+        logits=stacked.cpu(),
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -235,7 +240,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
 
 
-def create_state(model: nn.Module, experiment: Experiment, *, total_steps: int, device: torch.device, dtype: torch.dtype) -> State:
+def create_state(
+    model: nn.Module, experiment: Experiment, *, total_steps: int, device: torch.device, dtype: torch.dtype
+) -> State:
     """Optimiser, learning-rate schedule over ``total_steps`` and gradient scaler for a model."""
     model.to(device, memory_format=memory_format(device))
     optimizer = make_optimizer(model, experiment)
@@ -280,7 +287,11 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         has = f"{count} CUDA devices" if count else "no CUDA device"
-        raise ParameterError("device", name, f"PyTorch sees {has} here; allowed is auto, cpu" + (f" or cuda:0 to cuda:{count - 1}" if count else ""))
+        raise ParameterError(
+            "device",
+            name,
+            f"PyTorch sees {has} here; allowed is auto, cpu" + (f" or cuda:0 to cuda:{count - 1}" if count else ""),
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ParameterError("device", name, "PyTorch sees no MPS device here; allowed is auto or cpu")
     return device

@@ -33,7 +33,13 @@ def note(name: str, text: str) -> None:
 
 
 def cell(**output: object) -> dict:
-    return {"cell_type": "code", "execution_count": 4, "metadata": {}, "source": ["run = pa.run(experiment)"], "outputs": [output]}
+    return {
+        "cell_type": "code",
+        "execution_count": 4,
+        "metadata": {},
+        "source": ["run = pa.run(experiment)"],
+        "outputs": [output],
+    }
 
 
 note("started", f"{os.getpid()} {os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
@@ -44,7 +50,12 @@ with FileLock(path / "lock"):
     manifest = path / "manifest.json"
     if not manifest.exists():
         if what == "error":
-            failed = cell(output_type="error", ename="NonFiniteLoss", evalue="the loss is not finite in epoch 3, step 7", traceback=[])
+            failed = cell(
+                output_type="error",
+                ename="NonFiniteLoss",
+                evalue="the loss is not finite in epoch 3, step 7",
+                traceback=[],
+            )
             Path(sys.argv[2]).write_text(json.dumps({"cells": [failed]}))
             sys.exit(1)
         if what.startswith("die"):
@@ -55,11 +66,18 @@ with FileLock(path / "lock"):
         while what == "wait" and not (stub / "go").exists():
             time.sleep(0.02)
         note("trained", "")
-        content = {"digest": digest, "parameters": experiment.to_dict(), "status": "finished", "started": "2025-01-01T00:00:00+00:00"}
+        content = {
+            "digest": digest,
+            "parameters": experiment.to_dict(),
+            "status": "finished",
+            "started": "2025-01-01T00:00:00+00:00",
+        }
         content |= dict.fromkeys(["code_version", "split_digest", "data_digest", "device_name", "precision"], "x")
         content |= {"image_size": 28, "batch_size": 64}
         accuracy = int(hashlib.sha256(digest.encode()).hexdigest()[:4], 16) / 16**4
-        (path / "summary.json").write_text(json.dumps({"test_accuracy": accuracy, "val_accuracy": accuracy, "epochs": 1}))
+        (path / "summary.json").write_text(
+            json.dumps({"test_accuracy": accuracy, "val_accuracy": accuracy, "epochs": 1})
+        )
         (path / ".part").write_text(json.dumps(content))
         os.replace(path / ".part", manifest)
 Path(sys.argv[2]).write_text(json.dumps({"cells": [cell(output_type="stream", name="stdout", text=["done"])]}))

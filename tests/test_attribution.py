@@ -173,11 +173,16 @@ def test_scorecam_against_the_grad_cam_package(trained, monkeypatch):
     with torch.no_grad():  # with logits of 1000 the softmax over the channels would pick one channel
         head.div_(1000)
     try:
-        theirs, ours = package(pytorch_grad_cam.ScoreCAM, trained), heatmaps(model, images, method="scorecam", target=labels)
+        theirs, ours = (
+            package(pytorch_grad_cam.ScoreCAM, trained),
+            heatmaps(model, images, method="scorecam", target=labels),
+        )
     finally:
         with torch.no_grad():
             head.mul_(1000)
-    np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-3)  # it divides by the maximum plus 1e-7, and these maps are small
+    np.testing.assert_allclose(
+        ours.numpy(), theirs, atol=1e-3
+    )  # it divides by the maximum plus 1e-7, and these maps are small
 
 
 @pytest.mark.parametrize("method", ["eigencam", "eigengradcam"])
@@ -211,7 +216,11 @@ def test_gradcam_against_captum(trained):
             if reshape is None:
                 return self.view(out)
             seen = self.view(reshape(out))
-            back = seen.permute(0, 2, 3, 1) if out.ndim == 4 else torch.cat([out[:, :1], seen.flatten(2).transpose(1, 2)], 1)
+            back = (
+                seen.permute(0, 2, 3, 1)
+                if out.ndim == 4
+                else torch.cat([out[:, :1], seen.flatten(2).transpose(1, 2)], 1)
+            )
             return back
 
     where = next(n for n, m in model.named_modules() if m is layer)
@@ -289,7 +298,9 @@ def test_half_precision(method, name):
 def attributes(model):
     """Flags that methods set for a while (fused_attn, stride, inplace, ...), and whatever else modules carry."""
     plain = (bool, int, float, str, tuple, type(None))
-    return [{k: v for k, v in vars(m).items() if isinstance(v, plain)} | {"names": sorted(vars(m))} for m in model.modules()]
+    return [
+        {k: v for k, v in vars(m).items() if isinstance(v, plain)} | {"names": sorted(vars(m))} for m in model.modules()
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -360,8 +371,10 @@ def test_shuffled_gives_each_image_the_map_of_another():
 def test_smoothing(smooth, trained):
     model, _, _, images, labels = trained
     maps = heatmaps(model, images, method="hirescam", target=labels, smooth=smooth)
-    assert maps.min() >= 0 and maps.max() == 1 and (smooth == "none") == torch.equal(
-        maps, heatmaps(model, images, method="hirescam", target=labels)
+    assert (
+        maps.min() >= 0
+        and maps.max() == 1
+        and (smooth == "none") == torch.equal(maps, heatmaps(model, images, method="hirescam", target=labels))
     )
     if smooth == "flip":  # a mirrored image has the mirrored map
         mirrored = heatmaps(model, images.flip(-1), method="hirescam", target=labels, smooth="flip")
@@ -397,7 +410,12 @@ def test_heatmaps_are_the_grids_of_the_pass_that_scores(method, smooth, trained)
     model, _, _, images, _ = trained
     with attribution.as_found(model):
         maps, logits = attribution.grids(model, images, method=method, smooth=smooth)
-    assert maps.shape == (4, *model.cam.grid) and maps.dtype == torch.float32 and maps.min() >= 0 and not maps.requires_grad
+    assert (
+        maps.shape == (4, *model.cam.grid)
+        and maps.dtype == torch.float32
+        and maps.min() >= 0
+        and not maps.requires_grad
+    )
     with torch.no_grad():
         torch.testing.assert_close(logits, model(images))
     assert not logits.requires_grad
@@ -494,10 +512,19 @@ def small(*layers):
     return Classifier(Net(), name="small", classes=2, image_size=8, cam=cam, changes=()).eval()
 
 
-POOLED = [nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+POOLED = [
+    nn.ReLU(),
+    nn.Conv2d(4, 4, 3, padding=1),
+    nn.ReLU(),
+    nn.MaxPool2d(2),
+    nn.Conv2d(4, 4, 3, padding=1),
+    nn.ReLU(),
+]
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "regnetx_002", "pooled"])  # an overlapping max pool, none, one side by side
+@pytest.mark.parametrize(
+    "name", ["resnet10t", "regnetx_002", "pooled"]
+)  # an overlapping max pool, none, one side by side
 def test_deeplift_adds_up_to_the_logit(name):
     model = small(*POOLED) if name == "pooled" else create(name, classes=2, image_size=32, seed=1)
     model = model.double().eval()
@@ -539,7 +566,11 @@ GUIDED, TWICE = {"guided_backprop", "guided_gradcam"}, [shared, nn.Conv2d(4, 4, 
         ([nn.SiLU()], GUIDED | {"deconvolution", "deeplift"}, "the operation Silu"),
         ([Calls(F.hardswish)], GUIDED | {"deconvolution", "deeplift"}, "the operation Hardswish"),
         ([nn.ReLU6()], GUIDED | {"deconvolution", "deeplift"}, "the operation Hardtanh"),
-        ([nn.ReLU(), Calls(lambda x: x * x.mean((2, 3), keepdim=True))], GUIDED | {"deconvolution", "deeplift"}, "product"),
+        (
+            [nn.ReLU(), Calls(lambda x: x * x.mean((2, 3), keepdim=True))],
+            GUIDED | {"deconvolution", "deeplift"},
+            "product",
+        ),
         ([nn.ReLU(), Calls(lambda x: F.max_pool2d(x, 2))], {"deeplift"}, "the operation MaxPool2DWithIndices"),
         ([nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)], {"deeplift"}, "ceil_mode"),
         (TWICE, {"deconvolution", "deeplift"}, "used more than once"),
@@ -613,7 +644,9 @@ def test_attention_methods_against_explicit_matrices(method, fused_attention, ki
 def test_controls_are_what_they_say():
     model, images = toy(), torch.zeros(1, 3, 32, 32)
     images[..., 16:] = 1
-    center, edges, uniform = (heatmaps(model, images, method=m, target=torch.tensor([0]))[0] for m in ("center", "edges", "uniform"))
+    center, edges, uniform = (
+        heatmaps(model, images, method=m, target=torch.tensor([0]))[0] for m in ("center", "edges", "uniform")
+    )
     torch.testing.assert_close(center, center.flip(0).T.contiguous())
     assert center[15:17, 15:17].min() == 1 and center[0, 0] == 0 and (center[16, 16:].diff() <= 0).all()
     assert edges[:, 15:17].min() > 0.9 and edges[:, :12].max() < 0.05 and edges[:, 20:].max() < 0.05
@@ -621,7 +654,10 @@ def test_controls_are_what_they_say():
 
 
 def test_a_smooth_random_field_is_smooth():
-    rough, smooth = (heatmaps(toy(), torch.rand(4, 3, 32, 32), method=m, target=torch.zeros(4, dtype=torch.long)) for m in ("random", "random_blur"))
+    rough, smooth = (
+        heatmaps(toy(), torch.rand(4, 3, 32, 32), method=m, target=torch.zeros(4, dtype=torch.long))
+        for m in ("random", "random_blur")
+    )
     step = lambda maps: float(maps.diff(dim=2).abs().mean() / maps.std())  # noqa: E731
     assert step(smooth) < step(rough) / 5
 
@@ -647,7 +683,9 @@ def test_captum_is_loaded_by_the_methods_that_need_it_alone():
     ("schedule", "fill", "refused"), [("1,p,1", "mean", True), ("2", "mean", False), ("1,p,1", "none", False)]
 )
 def test_prepare_refuses_what_a_proxy_step_could_not_do(schedule, fill, refused):
-    experiment = Experiment(model="test_resnet", xai="chefer", schedule=schedule, fill=fill, image_size=28, device="cpu")
+    experiment = Experiment(
+        model="test_resnet", xai="chefer", schedule=schedule, fill=fill, image_size=28, device="cpu"
+    )
     if refused:
         with pytest.raises(ParameterError, match="xai = 'chefer'.*test_resnet.*allowed is one of gradcam"):
             prepare(experiment)

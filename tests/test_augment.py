@@ -74,9 +74,7 @@ def test_crop_moves_each_sample_by_up_to_an_eighth(size, pad):
     out = augment(image.expand(600, -1, -1, -1), kinds="crop", generator=generator())
     seen = which(out, shifts(image, pad))
     assert len(set(seen)) == (2 * pad + 1) ** 2  # every offset occurs
-    assert (
-        abs(seen.count((2 * pad + 1) ** 2 // 2) / 600 - 1 / (2 * pad + 1) ** 2) < 0.05
-    )  # the centre is not preferred
+    assert abs(seen.count((2 * pad + 1) ** 2 // 2) / 600 - 1 / (2 * pad + 1) ** 2) < 0.05  # the centre is not preferred
 
 
 def test_crop_reflects_at_the_border_as_computed_by_hand():
@@ -85,8 +83,7 @@ def test_crop_reflects_at_the_border_as_computed_by_hand():
     line = torch.arange(9, dtype=torch.uint8)
     image = line.expand(1, 1, 9, 9)
     rows = {
-        tuple(out[0, 4].tolist())
-        for out in augment(image.expand(60, -1, -1, -1), kinds="crop", generator=generator())
+        tuple(out[0, 4].tolist()) for out in augment(image.expand(60, -1, -1, -1), kinds="crop", generator=generator())
     }
     assert rows == {(1, 0, 1, 2, 3, 4, 5, 6, 7), tuple(range(9)), (1, 2, 3, 4, 5, 6, 7, 8, 7)}
 
@@ -174,8 +171,7 @@ def test_the_input_is_left_as_it_was_and_may_be_empty(kinds):
 def test_the_order_of_the_names_does_not_matter():
     images = torch.rand(8, 3, 16, 16, generator=generator(4))
     one, other = (
-        augment(images, kinds=kinds, generator=generator())
-        for kinds in ("crop,flip,rotate", "flip,rotate,crop")
+        augment(images, kinds=kinds, generator=generator()) for kinds in ("crop,flip,rotate", "flip,rotate,crop")
     )
     assert torch.equal(one, other)
 
@@ -218,7 +214,11 @@ def test_erased_rectangles_lie_anywhere_and_hold_noise():
     assert gone.min() > 0  # the corners, too
     assert (gone - gone.flip(0)).abs().max() < 0.03 and (gone - gone.flip(1)).abs().max() < 0.03
     noise = out[out != 2]
-    assert noise.min() >= 0 and noise.mean() == pytest.approx(0.5, abs=0.05) and noise.std() == pytest.approx(12**-0.5, abs=0.03)
+    assert (
+        noise.min() >= 0
+        and noise.mean() == pytest.approx(0.5, abs=0.05)
+        and noise.std() == pytest.approx(12**-0.5, abs=0.03)
+    )
     pixels = augment(torch.full((40, 3, 32, 32), 255, dtype=torch.uint8), kinds="erase", generator=generator())
     assert pixels.dtype == torch.uint8 and len(pixels[pixels != 255].unique()) > 200
 
@@ -296,9 +296,7 @@ def test_mixing_is_not_the_business_of_augment():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(
-        ParameterError, match=r"augment = 'flip,crap' is refused: .*did you mean 'crop'"
-    ):
+    with pytest.raises(ParameterError, match=r"augment = 'flip,crap' is refused: .*did you mean 'crop'"):
         augment(picture(), kinds="flip,crap", generator=generator())
 
 

@@ -54,9 +54,7 @@ def noise(seed: int, *, width: int = 16, height: int = 16) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def make_folder(
-    root: Path, counts: dict[str, int], *, suffix: str = "png", start: int = 0, **size: int
-) -> Path:
+def make_folder(root: Path, counts: dict[str, int], *, suffix: str = "png", start: int = 0, **size: int) -> Path:
     """Class folders of noise images, no two alike; ``counts`` by folder, such as {"train/cat":
     5}."""
     number = start
@@ -97,9 +95,7 @@ def test_fashion_mini_is_stratified_and_reads_what_is_in_the_file(home):
     assert (dataset.name, dataset.image_size, len(dataset.classes)) == ("fashion_mini", 28, 10)
     assert dataset.classes[9] == "Ankle boot" and not dataset.dropped and not dataset.skipped
     for part, each in ((dataset.train, 320), (dataset.val, 80), (dataset.test, 200)):
-        assert (
-            part.labels.dtype == torch.int64 and torch.bincount(part.labels).tolist() == [each] * 10
-        )
+        assert part.labels.dtype == torch.int64 and torch.bincount(part.labels).tolist() == [each] * 10
         assert len(part) == len(part.ids) == len(set(part.ids)) == each * 10
     arrays = sources.embedded()
     images = {
@@ -117,9 +113,7 @@ def test_fashion_mini_and_its_split_stay_what_they_are():
     # number.
     dataset = data.load(dataset="fashion_mini")
     assert dataset.digest == "a7eca42584423a0b5c338c772990dba83d0eede4d6be204e92922471c8fa8ff8"
-    assert (
-        dataset.split_digest == "e8f83804dd7343b590fd62da14da99080b34694d8fcd4c20753f122b052d7a90"
-    )
+    assert dataset.split_digest == "e8f83804dd7343b590fd62da14da99080b34694d8fcd4c20753f122b052d7a90"
 
 
 def test_fashion_mini_is_the_file_that_its_readme_describes():
@@ -143,12 +137,8 @@ def test_fashion_mini_at_another_size_is_resized_and_cached(home):
     dataset = data.load(dataset="fashion_mini", image_size=56)
     image = dataset.test.read(torch.tensor([3]))[0]
     original = Image.fromarray(sources.embedded()["test_images"][3])
-    assert torch.equal(
-        image[0], torch.from_numpy(np.array(original.resize((56, 56), Image.Resampling.BILINEAR)))
-    )
-    assert dataset.digest == data.load(dataset="fashion_mini").digest and list(
-        home.glob("cache/*.npy")
-    )
+    assert torch.equal(image[0], torch.from_numpy(np.array(original.resize((56, 56), Image.Resampling.BILINEAR))))
+    assert dataset.digest == data.load(dataset="fashion_mini").digest and list(home.glob("cache/*.npy"))
 
 
 # decoding
@@ -158,18 +148,11 @@ def png(bits: int, kind: int, width: int, height: int, rows: list[bytes]) -> byt
     """A PNG file made by hand, since Pillow cannot write 16-bit colour."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content))
-            + name
-            + content
-            + struct.pack(">I", zlib.crc32(name + content))
-        )
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     body = zlib.compress(b"".join(b"\0" + row for row in rows))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -245,9 +228,7 @@ def test_a_cmyk_jpeg_as_photoshop_writes_it_is_not_inverted():
     assert pixels[0].min() > 245 and pixels[1:].max() < 10  # red
 
 
-@pytest.mark.parametrize(
-    "values", [np.ones((4, 4), np.float32), np.ones((4, 4), np.int32)], ids=["F", "I"]
-)
+@pytest.mark.parametrize("values", [np.ones((4, 4), np.float32), np.ones((4, 4), np.int32)], ids=["F", "I"])
 def test_32_bit_pixels_are_refused_with_their_mode(values, request):
     with pytest.raises(ValueError, match=rf"mode {request.node.callspec.id}\b"):
         decode.pixels(encoded(Image.fromarray(values), "TIFF"), 4)
@@ -297,17 +278,13 @@ def test_the_central_square_is_cut_out(width, height, box):
     assert np.array_equal(decode.pixels(image, 16), np.asarray(image.crop(box)).transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize(
-    "width, height, size", [(128, 64, 32), (64, 64, 16), (48, 48, 96), (100, 300, 50)]
-)
+@pytest.mark.parametrize("width, height, size", [(128, 64, 32), (64, 64, 16), (48, 48, 96), (100, 300, 50)])
 def test_resizing_is_that_of_torchvision(width, height, size):
     image = noise(1, width=width, height=height)
     transform = torchvision.transforms.Compose(
         [torchvision.transforms.Resize(size), torchvision.transforms.CenterCrop(size)]
     )
-    assert np.array_equal(
-        decode.pixels(image, size), np.asarray(transform(image)).transpose(2, 0, 1)
-    )
+    assert np.array_equal(decode.pixels(image, size), np.asarray(transform(image)).transpose(2, 0, 1))
 
 
 def test_a_very_long_image_takes_no_more_memory_than_it_must():
@@ -414,9 +391,7 @@ def test_layouts_that_mean_nothing_are_refused(tmp_path, counts, message):
 
 @pytest.mark.parametrize("options", [{"folds": 4}, {"fold": 1}])
 def test_folds_have_no_meaning_where_validation_images_are_given(tmp_path, options):
-    root = make_folder(
-        tmp_path / "d", {f"{part}/{name}": 3 for part in ("train", "val", "test") for name in "ab"}
-    )
+    root = make_folder(tmp_path / "d", {f"{part}/{name}": 3 for part in ("train", "val", "test") for name in "ab"})
     load(root, folds=5, fold=0)
     with refused(rf"{next(iter(options))} = .* has its own validation images"):
         load(root, **options)
@@ -430,10 +405,7 @@ def test_what_desktops_leave_behind_is_ignored(tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("no image")
     dataset = load(root)
-    assert (
-        dataset.classes == ("a", "b")
-        and {name for names in parts(dataset).values() for name in names} == ids
-    )
+    assert dataset.classes == ("a", "b") and {name for names in parts(dataset).values() for name in names} == ids
 
 
 def spoil(root: Path) -> dict[str, str]:
@@ -443,9 +415,7 @@ def spoil(root: Path) -> dict[str, str]:
     half = encoded(noise(99, width=64, height=64), "JPEG")
     (root / "b" / "half.jpg").write_bytes(half[: len(half) // 2])
     (root / "b" / "half.png").write_bytes(WHOLE["png"][:-12])
-    (root / "b" / "float.tiff").write_bytes(
-        encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
-    )
+    (root / "b" / "float.tiff").write_bytes(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"))
     (root / "b" / "lost.png").symlink_to(root / "nowhere.png")
     os.mkfifo(root / "b" / "pipe.png")
     (root / "outside.png").write_bytes(WHOLE["png"])
@@ -465,9 +435,7 @@ def test_files_that_are_no_images_are_refused_by_name_or_skipped_and_listed(tmp_
     root = make_folder(tmp_path / "d", {"a": 8, "b": 8})
     good = load(root)
     reasons = spoil(root)
-    with refused(
-        r"8 files are no images or are cut short: a/empty.png \(an empty file\), .* and 3 more; "
-    ):
+    with refused(r"8 files are no images or are cut short: a/empty.png \(an empty file\), .* and 3 more; "):
         load(root)
     skipped = load(root, bad_images="skip")
     assert [line.split(": ")[0] for line in skipped.skipped] == list(reasons)
@@ -483,9 +451,7 @@ def test_a_truncated_file_is_refused_when_it_is_the_only_one_and_again_from_the_
     root = make_folder(tmp_path / "d", {"a": 6, "b": 6})
     (root / "b" / "half.png").write_bytes(WHOLE["png"][:-12])
     for _ in range(2):
-        with refused(
-            r"1 file is no image or .*: b/half.png \(image file is truncated\); .*bad_images"
-        ):
+        with refused(r"1 file is no image or .*: b/half.png \(image file is truncated\); .*bad_images"):
             load(root)
     assert load(root, bad_images="skip").skipped == ("b/half.png: image file is truncated",)
 
@@ -493,9 +459,7 @@ def test_a_truncated_file_is_refused_when_it_is_the_only_one_and_again_from_the_
 def test_a_class_that_is_too_small_once_files_are_skipped_is_named(tmp_path):
     root = make_folder(tmp_path / "d", {"a": 6, "b": 6})
     (root / "b" / "000.png").write_bytes(WHOLE["png"][:-12])
-    with refused(
-        r"at least 6 different training images for folds = 5 and a fifth as test images.* b has 5$"
-    ):
+    with refused(r"at least 6 different training images for folds = 5 and a fifth as test images.* b has 5$"):
         load(root, bad_images="skip")
 
 
@@ -568,9 +532,7 @@ def test_parameters_are_refused_in_a_sentence(options, message):
 
 
 def test_parameters_may_come_as_text():
-    dataset = data.load(
-        dataset="fashion_mini", folds="4", fold="1", train_fraction="0.5", image_size="none"
-    )
+    dataset = data.load(dataset="fashion_mini", folds="4", fold="1", train_fraction="0.5", image_size="none")
     assert [len(part) for part in (dataset.train, dataset.val)] == [1500, 1000]
 
 
@@ -608,9 +570,7 @@ def test_a_read_only_folder_works_and_is_left_as_it_was(monkeypatch):
                 os.setgid(65534)
                 os.setuid(65534)
             assert not os.access(root / "a", os.W_OK)
-            assert (
-                len(load(root).train) == 9
-            )  # 8 of each class, 2 of them for the test; of the 12 left 3 are one fold
+            assert len(load(root).train) == 9  # 8 of each class, 2 of them for the test; of the 12 left 3 are one fold
 
         assert ended(fork(work)) == 0
         assert list(top.glob("home/cache/*.npy")) and state(root) == before
@@ -622,9 +582,7 @@ def test_a_data_home_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     root = make_folder(tmp_path / "d", {"a": 6, "b": 6})
     (tmp_path / "file").touch()
     monkeypatch.setenv("PA_DATA", str(tmp_path / "file" / "home"))
-    with refused(
-        r"^PA_DATA = '.*/file/home' is refused: nothing can be written there \(Not a directory\); "
-    ):
+    with refused(r"^PA_DATA = '.*/file/home' is refused: nothing can be written there \(Not a directory\); "):
         load(root)
     data.load(dataset="fashion_mini")  # needs none
 
@@ -693,9 +651,7 @@ def test_folds_are_stratified_and_each_image_is_in_one_of_them(tmp_path):
 
 def test_fractions_are_nested_stratified_and_leave_the_other_parts_alone(tmp_path):
     root = make_folder(tmp_path / "d", {"a": 50, "b": 25})
-    shares = [
-        load(root, train_fraction=share, seed=3, fold=2) for share in (0.01, 0.1, 0.5, 0.99, 1.0)
-    ]
+    shares = [load(root, train_fraction=share, seed=3, fold=2) for share in (0.01, 0.1, 0.5, 0.99, 1.0)]
     counts = [Counter(name[0] for name in dataset.train.ids) for dataset in shares]
     assert counts == [{"a": a, "b": b} for a, b in ((1, 1), (3, 2), (16, 8), (32, 16), (32, 16))]
     for smaller, larger in zip(shares, shares[1:], strict=False):
@@ -724,9 +680,7 @@ def test_copies_stay_on_one_side(tmp_path):
 
 def test_a_training_copy_of_a_test_image_is_dropped(tmp_path):
     root = make_folder(tmp_path / "d", {"train/a": 7, "train/b": 6, "test/a": 2, "test/b": 2})
-    shutil.copy(
-        root / "test" / "b" / "001.png", root / "train" / "a" / "000.png"
-    )  # even with another label
+    shutil.copy(root / "test" / "b" / "001.png", root / "train" / "a" / "000.png")  # even with another label
     dataset = load(root)
     assert dataset.dropped == ("train/a/000.png",)
     assert "train/a/000.png" not in set().union(*parts(dataset).values()) and len(dataset.test) == 4
@@ -874,18 +828,13 @@ def test_images_are_decoded_once_and_found_by_content(tmp_path, monkeypatch, hom
     first = everything(load(root))
     shutil.copytree(root, tmp_path / "copy")
     monkeypatch.setattr(decode, "pixels", lambda *_: pytest.fail("decoded again"))
-    assert all(
-        torch.equal(image, first[name])
-        for name, image in everything(load(tmp_path / "copy")).items()
-    )
+    assert all(torch.equal(image, first[name]) for name, image in everything(load(tmp_path / "copy")).items())
     assert len(list(home.glob("cache/*.npy"))) == 1 and not list(home.glob("cache/*.part"))
     with pytest.raises(pytest.fail.Exception):
         load(root, image_size=16)  # another size is another cache
 
 
-@pytest.mark.parametrize(
-    "damage", ["short", "long", "empty", "header", "other shape", "no list", "no json"]
-)
+@pytest.mark.parametrize("damage", ["short", "long", "empty", "header", "other shape", "no list", "no json"])
 def test_a_cache_that_does_not_fit_is_built_again(tmp_path, home, damage):
     root = make_folder(tmp_path / "d", {"a": 6, "b": 6})
     first = everything(load(root))
@@ -939,9 +888,7 @@ def test_many_files_go_through_processes_with_the_same_result(tmp_path, monkeypa
         lambda *a, **k: started.append(original(*a, **k)) or started[-1],
     )
     there = load(root, bad_images="skip")
-    assert len(started) == 4 and all(
-        process.poll() is not None for process in started
-    )  # 2 to hash, 2 to decode
+    assert len(started) == 4 and all(process.poll() is not None for process in started)  # 2 to hash, 2 to decode
     assert (there.digest, there.split_digest, there.skipped) == (
         here.digest,
         here.split_digest,
@@ -958,9 +905,7 @@ def test_a_process_that_dies_over_a_file_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "FEW", 4)
     monkeypatch.setattr(workers, "cores", lambda: 2)
     monkeypatch.setattr(decode, "__file__", str(script))
-    with pytest.raises(
-        RuntimeError, match=r"ended \(status 7\) over one of the files .*0.png to .*19.png"
-    ):
+    with pytest.raises(RuntimeError, match=r"ended \(status 7\) over one of the files .*0.png to .*19.png"):
         list(workers.describe(paths, range(20), text=""))
 
 
@@ -1039,19 +984,13 @@ def test_a_killed_build_and_two_builders_at_once(tmp_path, home, monkeypatch):
     monkeypatch.setattr(store, "_build", watched)
     deadline = time.monotonic() + 60
     victim = fork(build)
-    while not any(
-        part.stat().st_blocks > 100 for part in home.glob("cache/*.part")
-    ):  # pixels are being written
+    while not any(part.stat().st_blocks > 100 for part in home.glob("cache/*.part")):  # pixels are being written
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    children = [
-        int(pid) for pid in Path(f"/proc/{victim}/task/{victim}/children").read_text().split()
-    ]
+    children = [int(pid) for pid in Path(f"/proc/{victim}/task/{victim}/children").read_text().split()]
     os.kill(victim, signal.SIGKILL)
     assert ended(victim) == -signal.SIGKILL
-    assert not list(home.glob("cache/*.npy")) and list(
-        home.glob("cache/*.part")
-    )  # it was in the middle
+    assert not list(home.glob("cache/*.npy")) and list(home.glob("cache/*.part"))  # it was in the middle
     assert len(children) == 2
     while any(map(alive, children)):  # they end by themselves
         assert time.monotonic() < deadline
@@ -1068,9 +1007,7 @@ def test_a_killed_build_and_two_builders_at_once(tmp_path, home, monkeypatch):
     assert np.array_equal(dataset.test.read(torch.tensor([1]))[0].numpy(), expected)
 
 
-def test_who_waits_for_another_builder_says_so_and_takes_what_it_made(
-    tmp_path, home, monkeypatch, capsys
-):
+def test_who_waits_for_another_builder_says_so_and_takes_what_it_made(tmp_path, home, monkeypatch, capsys):
     root = make_folder(tmp_path / "d", {"a": 6, "b": 6})
     first = load(root)
     (path,) = home.glob("cache/*.npy")
@@ -1130,9 +1067,7 @@ def make_cifar10(root: Path, monkeypatch) -> None:
         labels = [n % 2 for n in range(4)]
         pixels = np.random.RandomState(i).randint(0, 256, (4, 3072), dtype=np.uint8)
         (folder_ / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
-    (folder_ / "batches.meta").write_bytes(
-        pickle.dumps({"label_names": ["airplane", "automobile"]})
-    )
+    (folder_ / "batches.meta").write_bytes(pickle.dumps({"label_names": ["airplane", "automobile"]}))
     patch_cifar10(folder_, monkeypatch)
 
 
@@ -1208,9 +1143,7 @@ def make_fer2013(root: Path, monkeypatch) -> None:
         table.writerow(["emotion", "pixels", "Usage"])
         for n in range(14 * 5):
             pixels = np.random.RandomState(n).randint(0, 256, 48 * 48)
-            table.writerow(
-                [n % 7, " ".join(map(str, pixels)), ["Training", "PublicTest"][n % 10 == 9]]
-            )
+            table.writerow([n % 7, " ".join(map(str, pixels)), ["Training", "PublicTest"][n % 10 == 9]])
     kind = torchvision.datasets.FER2013
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
     monkeypatch.setattr(kind, "_RESOURCES", kind._RESOURCES | {"fer": ("fer2013.csv", md5)})
@@ -1235,10 +1168,7 @@ def make_flowers(root: Path, monkeypatch) -> None:
     scipy.io.savemat(base / "imagelabels.mat", {"labels": [1, 2, 1, 2, 1, 2, 1, 2]})
     scipy.io.savemat(base / "setid.mat", {"trnid": [1, 2, 3, 4], "valid": [5, 6], "tstid": [7, 8]})
     kind = torchvision.datasets.Flowers102
-    md5 = {
-        name: hashlib.md5((base / name).read_bytes()).hexdigest()
-        for name in ("imagelabels.mat", "setid.mat")
-    }
+    md5 = {name: hashlib.md5((base / name).read_bytes()).hexdigest() for name in ("imagelabels.mat", "setid.mat")}
     table = {key: (name, md5.get(name, old)) for key, (name, old) in kind._file_dict.items()}
     monkeypatch.setattr(kind, "_file_dict", table)
     monkeypatch.setattr(kind, "classes", ["pink primrose", "rose"])
@@ -1277,9 +1207,7 @@ def make_eurosat(root: Path) -> None:
 def make_food101(root: Path) -> None:
     base = root / "food-101"
     for part, count in (("train", 5), ("test", 2)):
-        listed = {
-            name: [f"{name}/{part}{i}" for i in range(count)] for name in ("apple_pie", "waffles")
-        }
+        listed = {name: [f"{name}/{part}{i}" for i in range(count)] for name in ("apple_pie", "waffles")}
         (base / "meta").mkdir(parents=True, exist_ok=True)
         (base / "meta" / f"{part}.json").write_text(json.dumps(listed))
         for c, names in enumerate(listed.values()):
@@ -1291,9 +1219,7 @@ def make_gtsrb(root: Path) -> None:
     base = root / "gtsrb"
     for c in range(43):
         for i in range(5):
-            save(
-                base / "GTSRB" / "Training" / f"{c:05d}" / f"{i}.ppm", 10 * c + i, width=4, height=4
-            )
+            save(base / "GTSRB" / "Training" / f"{c:05d}" / f"{i}.ppm", 10 * c + i, width=4, height=4)
     save(base / "GTSRB" / "Final_Test" / "Images" / "00000.ppm", 9999)
     (base / "GT-final_test.csv").write_text("Filename;Width;ClassId\n00000.ppm;16;42\n")
 
@@ -1352,14 +1278,9 @@ def test_torchvision_datasets_are_read_and_split(name, home, monkeypatch):
         assert count is None or len(part) == count
         assert set(part.labels.tolist()) <= set(range(len(dataset.classes)))
     images = everything(dataset)
-    assert (
-        len(images) == sum(map(len, (dataset.train, dataset.val, dataset.test)))
-        and not dataset.dropped
-    )
+    assert len(images) == sum(map(len, (dataset.train, dataset.val, dataset.test))) and not dataset.dropped
 
-    row = sources.TORCHVISION[
-        name
-    ]  # each image and label, compared with what torchvision itself gives
+    row = sources.TORCHVISION[name]  # each image and label, compared with what torchvision itself gives
     by_label = Counter()
     for arguments in (row.train, row.val, row.test):
         if arguments is not None:
@@ -1372,23 +1293,17 @@ def test_torchvision_datasets_are_read_and_split(name, home, monkeypatch):
     found = Counter(
         (hashlib.sha256(image.numpy().tobytes()).hexdigest(), label)
         for part in (dataset.train, dataset.val, dataset.test)
-        for image, label in zip(
-            part.read(torch.arange(len(part))), part.labels.tolist(), strict=True
-        )
+        for image, label in zip(part.read(torch.arange(len(part))), part.labels.tolist(), strict=True)
     )
     assert found == by_label
 
-    monkeypatch.setattr(
-        sources, "_open", lambda *_, **__: pytest.fail("what is cached is read again")
-    )
+    monkeypatch.setattr(sources, "_open", lambda *_, **__: pytest.fail("what is cached is read again"))
     again = data.load(dataset=name, image_size=16)
     assert (again.digest, again.split_digest) == (dataset.digest, dataset.split_digest)
 
 
 def make_parameters(make) -> tuple[str, ...]:
-    return (
-        make.__code__.co_varnames[: make.__code__.co_argcount] if hasattr(make, "__code__") else ()
-    )
+    return make.__code__.co_varnames[: make.__code__.co_argcount] if hasattr(make, "__code__") else ()
 
 
 def test_every_row_asks_torchvision_for_what_it_has():
@@ -1418,9 +1333,7 @@ def test_a_downloaded_set_may_lie_elsewhere_and_a_changed_one_is_noticed(tmp_pat
     content = bytearray(path.read_bytes())
     content[16] ^= 255
     path.write_bytes(content)
-    assert (
-        data.load(dataset="fashion_mnist", data_dir=str(tmp_path / "there")).digest != first.digest
-    )
+    assert data.load(dataset="fashion_mnist", data_dir=str(tmp_path / "there")).digest != first.digest
 
 
 def test_given_validation_images_of_torchvision_stay_what_they_are(home):
@@ -1434,9 +1347,7 @@ def test_given_validation_images_of_torchvision_stay_what_they_are(home):
 def test_copies_in_torchvision_sets_are_found_by_their_pixels(home):
     make_mnist(home / "fashion_mnist")
     raw = home / "fashion_mnist" / "FashionMNIST" / "raw"
-    train, test = (
-        bytearray((raw / f"{p}-images-idx3-ubyte").read_bytes()) for p in ("train", "t10k")
-    )
+    train, test = (bytearray((raw / f"{p}-images-idx3-ubyte").read_bytes()) for p in ("train", "t10k"))
     train[16 : 16 + 784] = test[16 : 16 + 784]
     (raw / "train-images-idx3-ubyte").write_bytes(train)
     assert data.load(dataset="fashion_mnist", folds=3).dropped == ("train/00000",)
@@ -1446,9 +1357,7 @@ def test_a_truncated_file_of_torchvision_is_refused_or_skipped(home):
     make_dtd(home / "dtd")
     path = home / "dtd" / "dtd" / "dtd" / "images" / "woven" / "woven_2.jpg"
     path.write_bytes(path.read_bytes()[:-50])
-    with refused(
-        r"^dataset = 'dtd' is .*: 1 file is .*train/dtd/dtd/.*/woven_2.jpg \(image file is t"
-    ):
+    with refused(r"^dataset = 'dtd' is .*: 1 file is .*train/dtd/dtd/.*/woven_2.jpg \(image file is t"):
         data.load(dataset="dtd")
     dataset = data.load(dataset="dtd", bad_images="skip")
     assert len(dataset.train) == 3 and len(dataset.skipped) == 1
@@ -1476,9 +1385,7 @@ def cifar10_online(tmp_path, server, monkeypatch) -> Path:
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "made" / "cifar-10-batches-py", "cifar-10-batches-py")
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"{address}/{archive.name}")
-    monkeypatch.setattr(
-        torchvision.datasets.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest()
-    )
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     return archive
 
 
@@ -1502,12 +1409,8 @@ PUT = r"put cifar-10-batches-py/ or cifar-10-python.tar.gz into .*/cifar10 and s
 
 
 def test_without_network_the_message_says_what_to_put_where(monkeypatch, home):
-    monkeypatch.setattr(
-        torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz"
-    )
-    with refused(
-        rf"^dataset = 'cifar10' .*could neither be read from .* nor downloaded .*; {PUT}"
-    ) as caught:
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    with refused(rf"^dataset = 'cifar10' .*could neither be read from .* nor downloaded .*; {PUT}") as caught:
         data.load(dataset="cifar10")
     assert isinstance(caught.value.__cause__, URLError) and "\n" not in str(caught.value)
 
@@ -1532,21 +1435,15 @@ def test_a_failed_download_leaves_nothing_behind_but_what_was_there(cifar10_onli
 def test_a_download_that_was_killed_is_not_taken_for_whole(home):
     make_caltech101(home / "caltech101")  # as much as had been unpacked
     (home / "caltech101" / sources.UNFINISHED).touch()
-    with refused(
-        r"^dataset = 'caltech101' .* its download was cut off; delete what is in .*caltech101"
-    ):
+    with refused(r"^dataset = 'caltech101' .* its download was cut off; delete what is in .*caltech101"):
         data.load(dataset="caltech101")
     (home / "caltech101" / sources.UNFINISHED).unlink()
     assert len(data.load(dataset="caltech101", image_size=16).train) == 8
 
 
-@pytest.mark.parametrize(
-    "name, files", [("fer2013", "fer2013/fer2013.csv"), ("stanford_cars", "cars_train/")]
-)
+@pytest.mark.parametrize("name, files", [("fer2013", "fer2013/fer2013.csv"), ("stanford_cars", "cars_train/")])
 def test_what_torchvision_cannot_download_is_said_the_same_way(name, files, home):
-    with refused(
-        rf"^dataset = '{name}' is refused: torchvision cannot download it.* put .*{files}.* into "
-    ) as caught:
+    with refused(rf"^dataset = '{name}' is refused: torchvision cannot download it.* put .*{files}.* into ") as caught:
         data.load(dataset=name)
     assert isinstance(caught.value.__cause__, RuntimeError)
 
@@ -1567,9 +1464,7 @@ def test_gzipped_originals_are_enough(home, monkeypatch):
     resources = []
     for path in sorted(raw.iterdir()):
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
-        resources.append(
-            (f"{path.name}.gz", hashlib.md5((raw / f"{path.name}.gz").read_bytes()).hexdigest())
-        )
+        resources.append((f"{path.name}.gz", hashlib.md5((raw / f"{path.name}.gz").read_bytes()).hexdigest()))
         path.unlink()
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "resources", resources)
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])

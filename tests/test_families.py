@@ -60,7 +60,10 @@ def classes(method, model, images):
     """
     grid = method if attribution.fused(method, "none") else "gradcam"
     targets = torch.arange(4).split(1)
-    said = [attribution.grids(model, images, method=grid, target=t.expand(len(images)))[0].flatten(1).std(1) for t in targets]
+    said = [
+        attribution.grids(model, images, method=grid, target=t.expand(len(images)))[0].flatten(1).std(1)
+        for t in targets
+    ]
     return torch.stack(said).argmax(0)
 
 
@@ -90,7 +93,9 @@ def test_every_method_on_every_family(method, family):
     name, model, images = family
     ids = ["a", "b"]
     if name not in SERVES.get(method, FAMILIES):
-        with pytest.raises(ParameterError, match=f"^xai = '{method}' is refused: .*; with {model.name} allowed is one of gradcam, "):
+        with pytest.raises(
+            ParameterError, match=f"^xai = '{method}' is refused: .*; with {model.name} allowed is one of gradcam, "
+        ):
             attribution.check(method, model=model)
         return
     attribution.check(method, model=model)

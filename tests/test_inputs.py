@@ -175,9 +175,7 @@ def test_papermill_ends_with_the_sentence_and_nothing_is_written(executed, name)
     folder, result = executed[name]
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ParameterError: ") and all(words in last for words in REFUSED[name][1]), (
-        result.stderr
-    )
+    assert last.startswith("ParameterError: ") and all(words in last for words in REFUSED[name][1]), result.stderr
     assert not (folder / "runs").exists() and not list((folder / "figures").glob("*"))
     assert not list(folder.rglob("metrics.jsonl"))
 

@@ -107,7 +107,11 @@ def test_which_proxies_are_kept(tmp_path, spy, keep, expected):
     only_one = set(at_one.tolist()) - set(at_two.tolist())
     for p, image in zip(at_two, two, strict=True):
         assert last[int(p)] == image.tobytes()  # the later proxy wins
-    kept = {2} | ({1} if all(last[int(p)] == i.tobytes() for p, i in zip(at_one, one, strict=True) if int(p) in only_one) else set())
+    kept = {2} | (
+        {1}
+        if all(last[int(p)] == i.tobytes() for p, i in zip(at_one, one, strict=True) if int(p) in only_one)
+        else set()
+    )
     assert kept == expected
 
 
@@ -158,7 +162,11 @@ def test_the_learning_rate_moves_as_scheduled(tmp_path, scheduler):
             return 0.01 + (low - 0.01) / 2 * (1 + np.cos(np.pi * k / top))
         return last + (0.01 - last) / 2 * (1 + np.cos(np.pi * (k - top) / (end - top)))
 
-    forms = {"onecycle": onecycle, "cosine": lambda k: 0.005 * (1 + np.cos(np.pi * k / total)), "constant": lambda k: 0.01}
+    forms = {
+        "onecycle": onecycle,
+        "cosine": lambda k: 0.005 * (1 + np.cos(np.pi * k / total)),
+        "constant": lambda k: 0.01,
+    }
     expected = [forms[scheduler](epoch * per_epoch - 1) for epoch in range(1, 6)]
     assert run.metrics["lr"].tolist() == pytest.approx(expected, rel=1e-6)
     assert scheduler == "constant" or len(set(run.metrics["lr"])) == 5
@@ -195,12 +203,19 @@ def test_every_fill_makes_the_proxies_that_its_rule_says(tmp_path, fill):
     if fill in masking.FILL_VALUES:  # what is changed is one colour per image and channel, the image's own statistic
         value = masking.to_uint8(masking.FILL_VALUES[fill](masking.to_float(before)))
         filled = value.expand_as(before)
-        assert all(torch.equal(torch.from_numpy(images)[i][:, changed[i]], filled[i][:, changed[i]]) for i in range(len(before)))
+        assert all(
+            torch.equal(torch.from_numpy(images)[i][:, changed[i]], filled[i][:, changed[i]])
+            for i in range(len(before))
+        )
     if fill == "patch":  # the same place of another training image
         donor = masking.to_uint8(donors(part, torch.from_numpy(positions), seed=derived_seed(e.seed, "proxy step", 1)))
-        assert all(torch.equal(torch.from_numpy(images)[i][:, changed[i]], donor[i][:, changed[i]]) for i in range(len(before)))
+        assert all(
+            torch.equal(torch.from_numpy(images)[i][:, changed[i]], donor[i][:, changed[i]]) for i in range(len(before))
+        )
         assert not (donor == before).flatten(1).all(1).any()
-    assert run.summary["unchanged_proxies"] == (len(images) if fill == "none" else int((~changed.flatten(1).any(1)).sum()))
+    assert run.summary["unchanged_proxies"] == (
+        len(images) if fill == "none" else int((~changed.flatten(1).any(1)).sum())
+    )
 
 
 def test_a_cap_and_a_feather_reach_the_proxies(tmp_path):
@@ -241,7 +256,9 @@ def made_by(folder, trained, **how):
     return np.load(folder / "images.npy"), np.load(folder / "positions.npy"), sum(seen)
 
 
-@pytest.mark.parametrize("how", [{"xai": "rectangle"}, {"xai": "random_blur"}, {"fill": "noise"}, {"fill": "patch"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"xai": "rectangle"}, {"xai": "random_blur"}, {"fill": "noise"}, {"fill": "patch"}], ids=str
+)
 def test_what_is_random_in_a_proxy_is_drawn_anew_in_each_step_and_again_for_the_same_one(tmp_path, trained, how):
     e, part, model = trained
     made = {}
@@ -253,7 +270,9 @@ def test_what_is_random_in_a_proxy_is_drawn_anew_in_each_step_and_again_for_the_
     assert (made["one"] != made["two"]).any(axis=(1, 2, 3)).mean() > 0.95
 
 
-@pytest.mark.parametrize("how", [dict(), dict(xai="eigencam"), dict(xai="shuffled"), dict(smooth="gaussian"), dict(xai_target="label")])
+@pytest.mark.parametrize(
+    "how", [dict(), dict(xai="eigencam"), dict(xai="shuffled"), dict(smooth="gaussian"), dict(xai_target="label")]
+)
 def test_a_cam_costs_no_pass_beyond_scoring_and_is_the_same(tmp_path, trained, monkeypatch, how):
     """What scoring has just computed is used; explaining the selected images once more would give the same proxies."""
     fused, at, images = made_by(tmp_path / "fused", trained, **how)
@@ -327,7 +346,9 @@ def test_shuffled_with_one_image_left_makes_none_and_goes_on(tmp_path):
     logits = torch.nn.functional.one_hot(part.labels, 10).float() * 9
     logits[7] = -logits[7]
     e = small(tmp_path, select="misclassified", xai="shuffled")
-    record = proxy_step(Answers(logits), part, e, step=1, epoch=1, directory=tmp_path / "step_1", device=torch.device("cpu"))
+    record = proxy_step(
+        Answers(logits), part, e, step=1, epoch=1, directory=tmp_path / "step_1", device=torch.device("cpu")
+    )
     assert record.images == 0
 
 
@@ -347,7 +368,15 @@ def test_a_run_on_disk(tmp_path):
     e = small(tmp_path)
     run = experiment.run(e, **QUIET)
     names = {p.name for p in run.path.iterdir()}
-    assert {"manifest.json", "metrics.jsonl", "summary.json", "classes.csv", "weights.safetensors", "proxies", "tensorboard"} <= names
+    assert {
+        "manifest.json",
+        "metrics.jsonl",
+        "summary.json",
+        "classes.csv",
+        "weights.safetensors",
+        "proxies",
+        "tensorboard",
+    } <= names
     assert "checkpoint.pt" not in names  # it shrank to the weights
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["stage"]) for row in rows] == [(1, 0), (2, 1)]
@@ -359,14 +388,20 @@ def test_a_run_on_disk(tmp_path):
     assert schedule.epochs(e.schedule) == run.summary["epochs"] == 2
     manifest = run.manifest
     assert manifest["status"] == "finished" and manifest["parameters"] == e.to_dict() and not run.stale
-    assert manifest["model"]["changes"] and manifest["threads"] >= 1 and torch.__version__.startswith(manifest["versions"]["torch"])
+    assert (
+        manifest["model"]["changes"]
+        and manifest["threads"] >= 1
+        and torch.__version__.startswith(manifest["versions"]["torch"])
+    )
 
 
 def test_a_finished_run_can_be_opened_again(tmp_path):
     run = experiment.run(small(tmp_path), **QUIET)
     again = experiment.reopen(Run.load(run.path), device="cpu")
     result = train.evaluate(again.model, again.dataset.test, device=torch.device("cpu"))
-    assert result.accuracy == run.summary["test_accuracy"] and result.loss == pytest.approx(run.summary["test_loss"], abs=1e-5)
+    assert result.accuracy == run.summary["test_accuracy"] and result.loss == pytest.approx(
+        run.summary["test_loss"], abs=1e-5
+    )
     assert len(again.proxies(count=3)) == 3
 
 
@@ -402,7 +437,13 @@ def test_bf16_trains_on_a_cpu(tmp_path, precision):
 
 def test_sgd_label_smoothing_and_other_choices_have_an_effect(tmp_path):
     base = experiment.run(small(tmp_path, schedule="1"), **QUIET)
-    for changes in ({"optimizer": "sgd"}, {"label_smoothing": 0.1}, {"augment": "none"}, {"weight_decay": 1.0}, {"seed": 1}):
+    for changes in (
+        {"optimizer": "sgd"},
+        {"label_smoothing": 0.1},
+        {"augment": "none"},
+        {"weight_decay": 1.0},
+        {"seed": 1},
+    ):
         assert not same_weights(base, experiment.run(small(tmp_path, schedule="1", **changes), **QUIET)), changes
 
 
@@ -413,7 +454,9 @@ def test_compile_trains_as_without_it(tmp_path, monkeypatch):
     settings = {"schedule": "1", "train_fraction": 0.02}
     run = experiment.run(small(tmp_path, compile=True, **settings), **QUIET)
     assert run.manifest["compile"] == "compiled"
-    assert run.metrics["train_loss"][0] == pytest.approx(experiment.run(small(tmp_path, **settings), **QUIET).metrics["train_loss"][0], rel=1e-4)
+    assert run.metrics["train_loss"][0] == pytest.approx(
+        experiment.run(small(tmp_path, **settings), **QUIET).metrics["train_loss"][0], rel=1e-4
+    )
 
 
 def test_compile_says_why_not_and_trains_on(tmp_path, monkeypatch):

@@ -37,7 +37,9 @@ def test_fills_do_not_depend_on_the_heatmap():
     for fill in masking.FILL_VALUES:
         a = masking.apply(IMAGE, MAP, RIGHT_TOP, fill=fill)
         assert torch.equal(a, masking.apply(IMAGE, 1 - MAP, RIGHT_TOP, fill=fill))
-    assert not torch.equal(masking.apply(IMAGE, MAP, RIGHT_TOP, fill="max"), masking.apply(IMAGE / 2, MAP, RIGHT_TOP, fill="max"))
+    assert not torch.equal(
+        masking.apply(IMAGE, MAP, RIGHT_TOP, fill="max"), masking.apply(IMAGE / 2, MAP, RIGHT_TOP, fill="max")
+    )
 
 
 def test_weight_by_hand():
@@ -57,7 +59,9 @@ def test_weight_zero_is_the_identity(fill):
 
 def test_absolute_threshold_is_strict():
     assert masking.region(MAP, threshold_mode="absolute", threshold=0.5).tolist() == [[[False, True], [False, False]]]
-    assert masking.region(MAP, threshold_mode="absolute", threshold=0.5, mask_region="rest").tolist() == [[[True, False], [False, True]]]
+    assert masking.region(MAP, threshold_mode="absolute", threshold=0.5, mask_region="rest").tolist() == [
+        [[True, False], [False, True]]
+    ]
 
 
 def test_quantile_takes_the_highest():
@@ -112,7 +116,9 @@ def test_noise_has_the_statistics_of_the_image_and_is_its_own():
     assert torch.allclose(noise.std((2, 3)), images.std((2, 3)), atol=0.01)
     alone = masking.apply(images[1:], images[1:, 0], everywhere[1:], fill="noise", ids=["b"])
     assert torch.equal(alone, noise[1:]), "noise depends on the other images of the batch"
-    assert not torch.equal(alone, masking.apply(images[1:], images[1:, 0], everywhere[1:], fill="noise", ids=["b"], seed=1))
+    assert not torch.equal(
+        alone, masking.apply(images[1:], images[1:, 0], everywhere[1:], fill="noise", ids=["b"], seed=1)
+    )
 
 
 def test_blur_is_the_gaussian_of_the_image():
@@ -130,7 +136,9 @@ def test_max_share_keeps_the_highest():
     assert masking.region(MAP, **above).sum() == 3
     assert masking.region(MAP, **above, max_share=0.5).tolist() == [[[False, True], [True, False]]]
     assert masking.region(MAP, **above, max_share=0.25).tolist() == [[[False, True], [False, False]]]
-    assert masking.region(MAP, threshold_mode="absolute", threshold=0.6, max_share=0.5).tolist() == [[[False, True], [False, False]]]
+    assert masking.region(MAP, threshold_mode="absolute", threshold=0.6, max_share=0.5).tolist() == [
+        [[False, True], [False, False]]
+    ]
     assert masking.region(MAP, threshold=0.0, max_share=0.5).tolist() == [[[False, True], [True, False]]]
 
 
@@ -149,7 +157,11 @@ def test_feather_by_hand():
     ]
     corner = torch.zeros(1, 7, 7, dtype=torch.bool)
     corner[0, :3, :3] = True  # the image's border is no edge
-    assert (masking.feathered(corner, feather=2)[0, :3, :3] * 3).round().int().tolist() == [[3, 2, 1], [2, 2, 1], [1, 1, 1]]
+    assert (masking.feathered(corner, feather=2)[0, :3, :3] * 3).round().int().tolist() == [
+        [3, 2, 1],
+        [2, 2, 1],
+        [1, 1, 1],
+    ]
     proxy = masking.apply(torch.zeros(1, 3, 7, 7), mask.float(), mask, fill="one", weight=0.5, feather=2)
     assert torch.allclose(proxy[0, 1], ramp / 6)
 
@@ -161,7 +173,12 @@ shares = st.floats(0, 1)
 @st.composite
 def batches(draw):
     """Images, heatmaps (with plateaus, as ReLU makes them) and donors."""
-    n, size, seed, levels = draw(st.integers(1, 3)), draw(sizes), draw(st.integers(0, 10**6)), draw(st.sampled_from([2, 3, 1000]))
+    n, size, seed, levels = (
+        draw(st.integers(1, 3)),
+        draw(sizes),
+        draw(st.integers(0, 10**6)),
+        draw(st.sampled_from([2, 3, 1000])),
+    )
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randint(0, levels, (n, size, size), generator=generator) / (levels - 1)
     images, donors = (torch.rand(n, 3, size, size, generator=generator) for _ in range(2))

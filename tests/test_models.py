@@ -163,7 +163,9 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
         raise FileNotFoundError("An error happened while trying to locate the file on the Hub. Check your connection.")
 
     monkeypatch.setattr(models.timm, "create_model", offline)
-    with pytest.raises(ParameterError, match=r"pretrained = True.*could not be fetched.*-p pretrained FILE\.safetensors"):
+    with pytest.raises(
+        ParameterError, match=r"pretrained = True.*could not be fetched.*-p pretrained FILE\.safetensors"
+    ):
         create("test_resnet", classes=2, image_size=28, pretrained=True)
     with pytest.raises(ParameterError, match="pretrained = '.*no such file"):
         create("test_resnet", classes=2, image_size=28, pretrained="no/such.safetensors")

@@ -133,9 +133,7 @@ TINY = ["-p", "train_fraction", "0.05", "-p", "folds", "20", "-p", "device", "cp
 LOOP = [*TINY, "-p", "schedule", "1,p,1"]
 
 
-def execute(
-    name: str, folder: Path, *options: str, here: bool = False, label: str = ""
-) -> subprocess.CompletedProcess:
+def execute(name: str, folder: Path, *options: str, here: bool = False, label: str = "") -> subprocess.CompletedProcess:
     """Run a notebook by papermill, with this interpreter's kernel, from the root or (``here``) notebooks/.
 
     Runs go into ``folder``/runs, figures into ``folder``/figures/LABEL.
@@ -188,9 +186,7 @@ def executed(tmp_path_factory):
             )
             for method in METHODS
         }
-        jobs["plain"] = pool.submit(
-            execute, "03_proxy_loop", folder, *TINY, "-p", "schedule", "1", label="plain"
-        )
+        jobs["plain"] = pool.submit(execute, "03_proxy_loop", folder, *TINY, "-p", "schedule", "1", label="plain")
         jobs["02_training"] = pool.submit(execute, "02_training", folder, *LOOP)
         results = {label: job.result() for label, job in jobs.items()}
         analysis = pool.submit(execute, "04_analysis", folder)
@@ -221,9 +217,7 @@ def figures(folder: Path, label: str, *, without_data: tuple[str, ...] = ()) -> 
     here = folder / "figures" / label
     names = {file.stem for file in here.iterdir()}
     suffixes = ("png", "svg", "csv", "json")
-    assert {file.name for file in here.iterdir()} == {
-        f"{name}.{suffix}" for name in names for suffix in suffixes
-    }
+    assert {file.name for file in here.iterdir()} == {f"{name}.{suffix}" for name in names for suffix in suffixes}
     digests = {}
     for name in names:
         assert (here / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -302,7 +296,5 @@ def test_without_a_finished_run_the_analysis_says_so(executed):
     result = results["nothing"]
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
-    expected = (
-        f"RunError: no run under {folder / 'nothing' / 'runs'} has finished; notebooks 02 and 03 make some"
-    )
+    expected = f"RunError: no run under {folder / 'nothing' / 'runs'} has finished; notebooks 02 and 03 make some"
     assert last == expected, result.stderr

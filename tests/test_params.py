@@ -129,7 +129,9 @@ def test_notebook_forgets_a_mistake_that_was_corrected():
 def test_identity_counts_what_has_an_effect():
     plain = Experiment(schedule="18")
     digest = plain.digest(data="d", image_size=28)
-    assert Experiment(schedule="18", xai="random", threshold=0.1).digest(data="d", image_size=28) == digest  # no proxy step
+    assert (
+        Experiment(schedule="18", xai="random", threshold=0.1).digest(data="d", image_size=28) == digest
+    )  # no proxy step
     assert Experiment(schedule="18", device="cpu", runs_dir="x", data_dir="y").digest(data="d", image_size=28) == digest
     assert Experiment(schedule="18", seed=1).digest(data="d", image_size=28) != digest
     assert plain.digest(data="other", image_size=28) != digest

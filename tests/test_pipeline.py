@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from pa_core import data, experiment, models, train
 from pa_core.data import store
-from pa_core.masking import to_float
 from pa_core.params import Experiment, ParameterError, derived_seed
 from pa_core.proxy import Overlay
 from pa_core.runs import Run
@@ -161,7 +160,9 @@ def test_reading_ahead_holds_few_batches_and_ends_with_the_reader():
     next(fed)
     assert source.begun <= train.AHEAD + 1
     fed.close()
-    assert not any(thread.name.startswith("read ahead") and thread.is_alive() and not thread.daemon for thread in settled())
+    assert not any(
+        thread.name.startswith("read ahead") and thread.is_alive() and not thread.daemon for thread in settled()
+    )
 
 
 def settled() -> list[threading.Thread]:
@@ -194,7 +195,9 @@ def plain_loop(e: Experiment, part, *, epochs: int):
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(derived_seed(e.seed, "order", epoch)))
         draws = torch.Generator().manual_seed(derived_seed(e.seed, "augment", epoch))
         for index in order.tensor_split(steps):
-            batch = images[index] if e.augment == "none" else data.augment(images[index], kinds=e.augment, generator=draws)
+            batch = (
+                images[index] if e.augment == "none" else data.augment(images[index], kinds=e.augment, generator=draws)
+            )
             loss = F.cross_entropy(model(batch), labels[index])
             optimizer.zero_grad()
             loss.backward()
@@ -208,7 +211,13 @@ def fast_path(e: Experiment, part, *, epochs: int):
     model = models.create(e.model, classes=10, image_size=28, seed=derived_seed(e.seed, "initialisation"))
     steps = train.steps_per_epoch(len(part), e.batch_size)
     state = train.create_state(model, e, total_steps=epochs * steps, device=CPU, dtype=torch.float32)
-    options = {"draws": len(part), "batch_size": e.batch_size, "kinds": e.augment, "label_smoothing": 0.0, "seed": e.seed}
+    options = {
+        "draws": len(part),
+        "batch_size": e.batch_size,
+        "kinds": e.augment,
+        "label_smoothing": 0.0,
+        "seed": e.seed,
+    }
     return model, [train.train_one_epoch(state, part.on(CPU), **options) for _ in range(epochs)]
 
 
@@ -300,7 +309,9 @@ def test_tf32_is_part_of_the_identity_and_the_store_is_not():
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_the_optimizer_is_fused_and_the_network_is_laid_out_for_the_device(name):
     e = Experiment(optimizer=name)
-    state = train.create_state(models.create("resnet18", classes=3, image_size=32), e, total_steps=3, device=CPU, dtype=torch.float32)
+    state = train.create_state(
+        models.create("resnet18", classes=3, image_size=32), e, total_steps=3, device=CPU, dtype=torch.float32
+    )
     assert state.optimizer.param_groups[0]["fused"]
     assert state.model.network.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -408,7 +419,10 @@ def test_no_step_of_an_epoch_waits_for_the_device(precision, kinds):
 
 @pytest.mark.gpu
 def test_on_cuda_the_store_is_on_the_device_and_results_do_not_depend_on_it(tmp_path):
-    runs = {s: experiment.run(small(tmp_path / s, store=s, device="cuda", schedule="1"), **QUIET) for s in ("auto", "mapped")}
+    runs = {
+        s: experiment.run(small(tmp_path / s, store=s, device="cuda", schedule="1"), **QUIET)
+        for s in ("auto", "mapped")
+    }
     assert runs["auto"].manifest["store"]["store"] == "device"
     one, other = (run.metrics["train_loss"][0] for run in runs.values())
     assert one == pytest.approx(other, rel=1e-3)

@@ -34,8 +34,19 @@ def thesis(images, tmp_path, monkeypatch):
     monkeypatch.setenv("PA_DATA", str(tmp_path / "data"))
 
     def make(**changes):
-        settings = {"protocol": "thesis", "train_fraction": 0.75, "schedule": "1,p,1,p,1", "batch_size": 16, "fraction": 0.5}
-        settings |= {"dataset": "folder", "data_dir": str(images), "scheduler": "constant", "runs_dir": str(tmp_path / "runs")}
+        settings = {
+            "protocol": "thesis",
+            "train_fraction": 0.75,
+            "schedule": "1,p,1,p,1",
+            "batch_size": 16,
+            "fraction": 0.5,
+        }
+        settings |= {
+            "dataset": "folder",
+            "data_dir": str(images),
+            "scheduler": "constant",
+            "runs_dir": str(tmp_path / "runs"),
+        }
         return Experiment(**(settings | changes))
 
     return make
@@ -60,7 +71,14 @@ def watched(monkeypatch):
 
 
 def test_p_is_an_epoch_of_its_own_there():
-    assert schedule.stages("2,p,1,p,1", p_trains=True) == ((0, False), (0, False), (1, False), (2, True), (3, False), (4, True))
+    assert schedule.stages("2,p,1,p,1", p_trains=True) == (
+        (0, False),
+        (0, False),
+        (1, False),
+        (2, True),
+        (3, False),
+        (4, True),
+    )
     for text in ("18", "9,p,8", "3,p,4,p,4,p,4"):
         assert schedule.epochs(text, p_trains=True) == len(schedule.stages(text, p_trains=True)) == 18
         e = Experiment(protocol="thesis", schedule=text)
@@ -97,7 +115,12 @@ def test_the_thesis_protocol_from_end_to_end(thesis, watched):
     assert [draws for _, draws in watched] == [48] * 5  # the same in every stage, however many proxies there are
     assert len({tuple(source.positions.tolist()) for source in sources}) == 5
     n = 128
-    assert [int((source.positions >= n).sum()) for source in sources[:3] + sources[4:]] == [0, 0, 0, 0]  # numbered stages, first p
+    assert [int((source.positions >= n).sum()) for source in sources[:3] + sources[4:]] == [
+        0,
+        0,
+        0,
+        0,
+    ]  # numbered stages, first p
     assert len(sources[3].base) == n + len(run.proxies(1))  # the second p could draw the proxies of the first
     for step, source in ((1, sources[1]), (2, sources[3])):
         chosen = np.load(run.path / "proxies" / f"step_{step}" / "positions.npy")
@@ -187,7 +210,13 @@ def test_what_decides_a_run_under_the_thesis_protocol():
     base = Experiment(protocol="thesis", schedule="9,p,8")
     for changes in ({"select": "random"}, {"overlay": "append"}, {"keep_proxies": "all"}):
         assert replace(base, **changes).effective() == base.effective()
-    for changes in ({"fill": "zero"}, {"fraction": 0.5}, {"train_fraction": 0.5}, {"protocol": "clean"}, {"protocol": "thesis_text"}):
+    for changes in (
+        {"fill": "zero"},
+        {"fraction": 0.5},
+        {"train_fraction": 0.5},
+        {"protocol": "clean"},
+        {"protocol": "thesis_text"},
+    ):
         assert replace(base, **changes).effective() != base.effective()
 
 
@@ -217,4 +246,6 @@ def test_all_data_takes_as_many_steps_as_the_halves():
         halves, whole = (Experiment(protocol=name, batch_size=32) for name in ("thesis", "clean"))
         steps = [train.steps_per_epoch(protocol.draws(n, e), e.batch_size) for e in (halves, whole)]
         assert abs(18 * steps[0] - 9 * steps[1]) <= 9, n
-    assert 18 * train.steps_per_epoch(protocol.draws(6583, halves), 32) == 9 * train.steps_per_epoch(protocol.draws(6583, whole), 32)
+    assert 18 * train.steps_per_epoch(protocol.draws(6583, halves), 32) == 9 * train.steps_per_epoch(
+        protocol.draws(6583, whole), 32
+    )

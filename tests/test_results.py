@@ -42,7 +42,9 @@ def made(home: Path, number: int, *, finished: bool = True, **parameters: object
     content |= dict.fromkeys(["split_digest", "data_digest", "device_name", "precision"], "x")
     content |= {"image_size": 28, "batch_size": 64}
     if finished:
-        write_json(path / "summary.json", dict.fromkeys(results.MEASURED, 0.5) | {"test_accuracy": number / 1000, "epochs": 2})
+        write_json(
+            path / "summary.json", dict.fromkeys(results.MEASURED, 0.5) | {"test_accuracy": number / 1000, "epochs": 2}
+        )
     rows = [{"epoch": k, "stage": 0, "train_loss": 1 / k, "val_accuracy": k / 10} for k in (1, 2)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_json(path / "manifest.json", content)
@@ -90,7 +92,11 @@ def test_only_what_changed_is_read_again_and_the_table_is_the_same(tmp_path, cou
     made(tmp_path, 50)
     frame = results.load(str(tmp_path)).set_index("run")
     assert counted[40:] == ["run_0007", "run_0050"]
-    assert "run_0003" not in frame.index and frame["status"]["run_0007"] == "finished" and frame["test_loss"]["run_0007"] == 0.25
+    assert (
+        "run_0003" not in frame.index
+        and frame["status"]["run_0007"] == "finished"
+        and frame["test_loss"]["run_0007"] == 0.25
+    )
     (tmp_path / ".index.json").unlink()
     pd.testing.assert_frame_equal(results.load(str(tmp_path)), frame.reset_index()[results.load(str(tmp_path)).columns])
 
@@ -112,7 +118,9 @@ def test_a_change_of_either_file_is_seen(tmp_path, name, counted):
     results.load(str(tmp_path))
     path.write_text(path.read_text().replace("0.5", "0.7").replace('"finished"', '"failed"'))
     frame = results.load(str(tmp_path))
-    assert (frame["test_loss"][0], frame["status"][0]) == ((0.7, "finished") if name == "summary.json" else (0.5, "failed"))
+    assert (frame["test_loss"][0], frame["status"][0]) == (
+        (0.7, "finished") if name == "summary.json" else (0.5, "failed")
+    )
     assert len(counted) == 2
 
 
@@ -155,7 +163,10 @@ def test_processes_load_while_others_write(tmp_path):
     made(tmp_path, 0)
     environment = os.environ | {"PYTHONPATH": str(home())}
     command = [sys.executable, "-c", LOADER, str(tmp_path)]
-    loaders = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    loaders = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     number = 0
     while any(loader.poll() is None for loader in loaders):
         number += 1
@@ -203,7 +214,11 @@ def test_no_runs_no_rows(tmp_path):
 
 @pytest.fixture
 def frame() -> pd.DataFrame:
-    rows = [("resnet18", "40", 0, 0.70, 0.71), ("resnet18", "40", 1, 0.74, 0.73), ("resnet18", "20,p,20", 0, 0.72, 0.75)]
+    rows = [
+        ("resnet18", "40", 0, 0.70, 0.71),
+        ("resnet18", "40", 1, 0.74, 0.73),
+        ("resnet18", "20,p,20", 0, 0.72, 0.75),
+    ]
     rows += [("vgg_16", "40", 0, 0.60, 0.62), ("vgg_16", "40", 1, 0.99, 0.99)]
     frame = pd.DataFrame(rows, columns=["model", "schedule", "seed", "test_accuracy", "val_accuracy"])
     frame["dataset"], frame["test_loss"] = "cifar100", 1 - frame["test_accuracy"]
@@ -277,7 +292,9 @@ def test_tensorboard_compares_the_runs_over_the_same_folder(trained):
     context, request = backend_context.Context(base_plugin.TBContext(data_provider=provider)), RequestContext()
     found = get_experiment.Handler(request, context, "", api_pb2.GetExperimentRequest(include_metrics=True)).run()
     statuses = [api_pb2.STATUS_SUCCESS, api_pb2.STATUS_UNKNOWN]
-    asked = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=10, allowed_statuses=statuses, include_metrics=True)
+    asked = api_pb2.ListSessionGroupsRequest(
+        start_index=0, slice_size=10, allowed_statuses=statuses, include_metrics=True
+    )
     for metric in found.metric_infos:
         asked.col_params.add(metric=metric.name)
     groups = list_session_groups.Handler(request, context, "", asked).run().session_groups
@@ -286,7 +303,9 @@ def test_tensorboard_compares_the_runs_over_the_same_folder(trained):
     frame = results.load(str(trained)).set_index("schedule")
     for group in groups:
         values = {value.name.tag: value.value for value in group.metric_values}
-        assert values["hparam/test_accuracy"] == pytest.approx(frame["test_accuracy"][group.hparams["schedule"].string_value])
+        assert values["hparam/test_accuracy"] == pytest.approx(
+            frame["test_accuracy"][group.hparams["schedule"].string_value]
+        )
 
 
 def test_a_run_opens_again_as_the_classifier_that_was_tested(trained):
@@ -335,9 +354,24 @@ def swept(**changes: object) -> pd.DataFrame:
     rows = []
     for arm, accuracies in {"plain": (0.50, 0.60, 0.70), "proxies": (0.52, 0.61, 0.73)}.items():
         for seed, accuracy in enumerate(accuracies):
-            shared = {"dataset": "d", "model": "m", "split_digest": f"split {seed}", "data_digest": "x", "device_name": "CPU"}
-            measured = {"test_accuracy": accuracy, "reported_accuracy": np.nan, "proxy_seconds": 2.0 * (arm == "proxies"), "train_seconds": 40.0}
-            rows.append({"arm": arm, "seed": seed, "status": "finished", "digest": f"{arm} {seed}", "epochs": 20} | shared | measured)
+            shared = {
+                "dataset": "d",
+                "model": "m",
+                "split_digest": f"split {seed}",
+                "data_digest": "x",
+                "device_name": "CPU",
+            }
+            measured = {
+                "test_accuracy": accuracy,
+                "reported_accuracy": np.nan,
+                "proxy_seconds": 2.0 * (arm == "proxies"),
+                "train_seconds": 40.0,
+            }
+            rows.append(
+                {"arm": arm, "seed": seed, "status": "finished", "digest": f"{arm} {seed}", "epochs": 20}
+                | shared
+                | measured
+            )
     return pd.DataFrame(rows).assign(**changes)
 
 
@@ -346,7 +380,9 @@ def test_arms_of_a_sweep_are_compared_by_seed():
     row = table.loc["test_accuracy", "proxies"]
     # differences 0.02, 0.01, 0.03: mean 0.02, sd 0.01, t(0.975, 2) = 4.302653
     assert row["n"] == 3 and row["mean"] == pytest.approx(0.62) and row["difference"] == pytest.approx(0.02)
-    assert (row["low"], row["high"]) == pytest.approx((0.02 - 4.302653 * 0.01 / 3**0.5, 0.02 + 4.302653 * 0.01 / 3**0.5), abs=1e-6)
+    assert (row["low"], row["high"]) == pytest.approx(
+        (0.02 - 4.302653 * 0.01 / 3**0.5, 0.02 + 4.302653 * 0.01 / 3**0.5), abs=1e-6
+    )
     assert row["declared"] and row["verdict"] == "too few pairs" and np.isnan(row["p_value"])
     assert table.loc["proxy_epochs", "proxies"]["mean"] == 1.0  # 2 s of proxy steps, and an epoch takes 2 s
     assert "reported_accuracy" not in table.index.get_level_values("metric")

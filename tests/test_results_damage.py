@@ -135,7 +135,9 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
     assert named > len(good) / 7 / 2
 
 
-@pytest.mark.parametrize("damage", [garbage, empty, lambda f: f.write_text('{"epoch": 2}\n'), lambda f: f.write_text("[]\n")])
+@pytest.mark.parametrize(
+    "damage", [garbage, empty, lambda f: f.write_text('{"epoch": 2}\n'), lambda f: f.write_text("[]\n")]
+)
 def test_damaged_metrics_are_named_and_put_back_from_the_checkpoint(half, undisturbed, damage):
     damage(half / "metrics.jsonl")
     _, lines = train(half.parent)
@@ -181,7 +183,9 @@ def check_full(folder: Path, done: subprocess.CompletedProcess, reason: str, und
     (path,) = (file.parent for file in (folder / "runs").glob("*/manifest.json"))
     error = [line for line in done.stderr.splitlines() if line.startswith("pa_core.runs.RunError")]
     assert done.returncode == 1
-    assert error == [f"pa_core.runs.RunError: {path / 'checkpoint.pt'} cannot be written ({reason}); what was there before is intact"], done.stderr
+    assert error == [
+        f"pa_core.runs.RunError: {path / 'checkpoint.pt'} cannot be written ({reason}); what was there before is intact"
+    ], done.stderr
     assert Run(path).manifest["status"] == "failed" and "checkpoint.pt cannot be written" in Run(path).manifest["error"]
     lines: list[str] = []
     assert load_checkpoint(path, lines.append)["state"]["epoch"] == 1 and not lines
@@ -192,7 +196,9 @@ def test_a_checkpoint_that_is_larger_than_allowed(tmp_path, undisturbed):
     settings = TINY | {"schedule": "3"}
     code = FULL.replace("{settings}", repr(settings))
     environment = os.environ | {"PYTHONPATH": str(home())}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), "limit"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), "limit"], env=environment, capture_output=True, text=True
+    )
     check_full(tmp_path, done, "File too large", undisturbed)
 
 
@@ -229,4 +235,8 @@ def test_an_error_of_its_own_is_not_taken_for_a_full_disk(tmp_path):
 
 def test_a_checkpoint_holds_the_metrics_so_far(half):
     state = load_checkpoint(half)
-    assert [row["epoch"] for row in state["metrics"]] == [1, 2] == [json.loads(line)["epoch"] for line in open(half / "metrics.jsonl")]
+    assert (
+        [row["epoch"] for row in state["metrics"]]
+        == [1, 2]
+        == [json.loads(line)["epoch"] for line in open(half / "metrics.jsonl")]
+    )

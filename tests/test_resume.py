@@ -63,9 +63,7 @@ def two_steps(images) -> Settings:
 # Processes that train
 
 
-def worker(
-    settings: Settings, log: Path, threads: int, slow: bool, die: tuple | None, options: dict[str, Any]
-) -> None:
+def worker(settings: Settings, log: Path, threads: int, slow: bool, die: tuple | None, options: dict[str, Any]) -> None:
     os.environ["PA_DATA"] = str(log.parent / "data")
     torch.set_num_threads(threads)
     if slow:
@@ -255,9 +253,7 @@ MOMENTS = {
         lambda p: size(p / "proxies/step_1.part/images.npy") > 0, 0, 2, ("step_1.part",), ((2, 0),)
     ),
     "within the epoch after it": Moment(lambda p: saved(p, "proxies/step_1"), 0.1, 2, ("step_1",), ((2, 1),)),
-    "while the test images are read": Moment(
-        lambda p: lines(p) == 3 and saved(p), 0, 3, ("step_1",), ((3, 1),)
-    ),
+    "while the test images are read": Moment(lambda p: lines(p) == 3 and saved(p), 0, 3, ("step_1",), ((3, 1),)),
 }
 
 
@@ -279,9 +275,7 @@ def test_killed_and_started_again_it_ends_as_one_that_was_not(tmp_path, unkilled
     reference = unkilled(one_step)
     path = kill_at(Training(one_step, tmp_path, slow=True), MOMENTS[name])
     if name == "within the proxy step":
-        assert (
-            0 < size(path / "proxies/step_1.part/images.npy") < size(reference / "proxies/step_1/images.npy")
-        )
+        assert 0 < size(path / "proxies/step_1.part/images.npy") < size(reference / "proxies/step_1/images.npy")
     assert Training(one_step, tmp_path).wait() == path
     same(path, reference)
     board = EventAccumulator(str(path / "tensorboard")).Reload()
@@ -373,9 +367,7 @@ def one_thread(monkeypatch, tmp_path):
 
 
 def run(tmp_path: Path, settings: Settings, **options: Any) -> Run:
-    return experiment.run(
-        Experiment(**settings, runs_dir=str(tmp_path / "runs")), log=lambda _text: None, **options
-    )
+    return experiment.run(Experiment(**settings, runs_dir=str(tmp_path / "runs")), log=lambda _text: None, **options)
 
 
 def test_paused_and_continued_it_ends_as_one_that_was_not(tmp_path, unkilled, two_steps):
@@ -413,9 +405,7 @@ def test_what_does_not_belong_to_the_run_is_not_continued(tmp_path, unkilled, na
     manifest = Run(path).manifest | {name: "0123abcd", "status": "running"}
     (path / "manifest.json").write_text(json.dumps(manifest))
     before = contents(path)
-    with pytest.raises(
-        RunError, match=rf"its {name} is 0123abcd, and would now be ([0-9a-f]{{64}}|float32)"
-    ) as caught:
+    with pytest.raises(RunError, match=rf"its {name} is 0123abcd, and would now be ([0-9a-f]{{64}}|float32)") as caught:
         run(tmp_path, one_step)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert contents(path) == before

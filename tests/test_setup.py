@@ -63,7 +63,9 @@ def test_every_requirement_is_pinned_to_one_version():
 def test_requirements_name_no_address_and_no_option():
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         assert "://" not in line and not re.search(r"(^|\s)/\w|[A-Z]:\\", line), line
-        assert line.lstrip().startswith("#") or not line.startswith("-"), line  # options: where to look is the user's own business
+        assert line.lstrip().startswith("#") or not line.startswith("-"), (
+            line
+        )  # options: where to look is the user's own business
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

@@ -16,8 +16,14 @@ from pa_core.params import ParameterError
 from pa_core.statistics import Contrast
 
 
-def frame(arms: dict[str, dict[int, float]], metric: str = "test_accuracy", dataset: str = "fashion_mini") -> pd.DataFrame:
-    rows = [("x", dataset, "test_resnet", arm, seed, metric, v, f"{arm}{seed}") for arm, vs in arms.items() for seed, v in vs.items()]
+def frame(
+    arms: dict[str, dict[int, float]], metric: str = "test_accuracy", dataset: str = "fashion_mini"
+) -> pd.DataFrame:
+    rows = [
+        ("x", dataset, "test_resnet", arm, seed, metric, v, f"{arm}{seed}")
+        for arm, vs in arms.items()
+        for seed, v in vs.items()
+    ]
     return pd.DataFrame(rows, columns=statistics.RUN_COLUMNS)
 
 
@@ -29,7 +35,9 @@ def test_the_interval_by_hand():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(-1, 1).map(lambda x: round(x, 4)), min_size=3, max_size=20).filter(lambda d: np.std(d) > 1e-3))
+@given(
+    st.lists(st.floats(-1, 1).map(lambda x: round(x, 4)), min_size=3, max_size=20).filter(lambda d: np.std(d) > 1e-3)
+)
 def test_the_interval_is_that_of_scipys_paired_t_test(d):
     expected = stats.ttest_rel(d, np.zeros(len(d))).confidence_interval(0.95)
     assert statistics.interval(d)[1:] == pytest.approx((expected.low, expected.high), abs=1e-9)
@@ -52,7 +60,9 @@ def test_sign_flips_by_hand():
 
 def brute_force(d: list[float]) -> float:
     observed = abs(sum(d))
-    sums = [abs(sum(s * x for s, x in zip(signs, d, strict=True))) for signs in itertools.product((1, -1), repeat=len(d))]
+    sums = [
+        abs(sum(s * x for s, x in zip(signs, d, strict=True))) for signs in itertools.product((1, -1), repeat=len(d))
+    ]
     return sum(s >= observed - 1e-9 for s in sums) / len(sums)
 
 
@@ -61,7 +71,11 @@ def test_sign_flips_are_those_of_a_plain_loop_and_of_scipy():
     d = generator.normal(0.3, 1, 11).round(3)
     assert statistics.sign_flip(d) == brute_force(list(d))
     theirs = stats.permutation_test(
-        (d, np.zeros(11)), lambda a, b, axis: (a - b).sum(axis), permutation_type="samples", n_resamples=np.inf, vectorized=True
+        (d, np.zeros(11)),
+        lambda a, b, axis: (a - b).sum(axis),
+        permutation_type="samples",
+        n_resamples=np.inf,
+        vectorized=True,
     )
     assert statistics.sign_flip(d) == pytest.approx(theirs.pvalue, abs=1e-12)
 
@@ -123,7 +137,12 @@ def ten(start: float, step: float = 0.01) -> dict[int, float]:
 def test_a_table_by_hand():
     runs = frame({"plain": {0: 0.5, 1: 0.6, 2: 0.7}, "masked": {2: 0.72, 1: 0.61, 0: 0.53, 9: 0.1}})
     plain, masked = statistics.compare(runs, reference="plain").to_dict("records")
-    assert (plain["arm"], plain["n"], plain["mean"], plain["sd"]) == ("plain", 3, pytest.approx(0.6), pytest.approx(0.1))
+    assert (plain["arm"], plain["n"], plain["mean"], plain["sd"]) == (
+        "plain",
+        3,
+        pytest.approx(0.6),
+        pytest.approx(0.1),
+    )
     assert pd.isna(plain["difference"]) and pd.isna(plain["against"])
     # paired by seed, whatever the order, and seed 9 has no partner: 0.03, 0.01, 0.02
     assert (masked["arm"], masked["against"], masked["n"]) == ("masked", "plain", 3)
@@ -155,7 +174,12 @@ def test_only_declared_contrasts_are_adjusted_and_over_all_datasets():
 def test_described_contrasts_have_an_interval_and_no_p_value():
     runs = frame({"a": ten(0.5), "b": ten(0.6), "c": {seed: 0.65 + 0.012 * seed for seed in range(10)}})
     table = statistics.compare(runs, reference="a", described=[Contrast.parse("c - b"), Contrast.parse("b - a")])
-    assert list(zip(table["arm"], table["against"].fillna(""), strict=True)) == [("a", ""), ("c", "b"), ("b", "a"), ("c", "a")]
+    assert list(zip(table["arm"], table["against"].fillna(""), strict=True)) == [
+        ("a", ""),
+        ("c", "b"),
+        ("b", "a"),
+        ("c", "a"),
+    ]
     row = table.iloc[1]
     assert row["difference"] == pytest.approx(0.05 + 0.002 * 4.5) and row["low"] < row["difference"] < row["high"]
     assert not row["declared"] and pd.isna(row["p_value"]) and pd.isna(row["verdict"])
@@ -180,7 +204,9 @@ def test_what_is_no_study_is_refused():
         statistics.compare(runs.drop(columns="digest"), reference="plain")
     many = {seed: 0.5 for seed in range(25)}
     with pytest.raises(ParameterError, match="seeds = 25 is refused.*at most 24"):
-        statistics.compare(frame({"plain": many, "masked": many}), reference="plain", declared=[Contrast.parse("masked - plain")])
+        statistics.compare(
+            frame({"plain": many, "masked": many}), reference="plain", declared=[Contrast.parse("masked - plain")]
+        )
     for text in ("plain", "plain-masked", "plain - plain", " - plain"):
         with pytest.raises(ParameterError, match="allowed is the name of an arm"):
             Contrast.parse(text)
@@ -189,7 +215,12 @@ def test_what_is_no_study_is_refused():
 def test_the_parts_of_a_reported_accuracy_add_up_to_it():
     single, redrawn = {0: 0.50, 1: 0.52}, {0: 0.56, 1: 0.60}
     masked, reported = {0: 0.55, 1: 0.61}, {0: 0.80, 1: 0.86}
-    runs = pd.concat([frame({"18": single, "none": redrawn, "masked": masked}), frame({"masked": reported}, metric="reported_accuracy")])
+    runs = pd.concat(
+        [
+            frame({"18": single, "none": redrawn, "masked": masked}),
+            frame({"masked": reported}, metric="reported_accuracy"),
+        ]
+    )
     table = statistics.decompose(runs, [{"arm": "masked", "unmasked": "none", "honest": "18"}]).set_index("component")
     assert table["mean"].to_dict() == pytest.approx({"leak": 0.25, "extra data": 0.07, "masking": 0.0, "total": 0.32})
     assert table["mean"][["leak", "extra data", "masking"]].sum() == pytest.approx(table["mean"]["total"])

@@ -45,14 +45,19 @@ def test_the_primary_study_has_its_arms_contrasts_and_seeds():
     assert (count.drop(list(confirmatory)) >= 10).all()
     arms = {label: job.experiment for job in read.sweep.jobs for label in job.arms if job.experiment.seed == 0}
     by = {study.split(label)[1]: e for label, e in arms.items()}
-    factorial = {(e.select, e.xai) for e in (by["salient"], by["shuffled"], by["random images salient"], by["random images shuffled"])}
+    factorial = {
+        (e.select, e.xai)
+        for e in (by["salient"], by["shuffled"], by["random images salient"], by["random images shuffled"])
+    }
     assert factorial == {(s, x) for s in ("loss", "random") for x in ("gradcam", "shuffled")}
     masked = [e for e in by.values() if "p" in e.schedule and e.fill != "none"]
     assert len({(e.threshold_mode, e.threshold, e.fraction, e.fill, e.weight, e.schedule) for e in masked}) == 1
     assert masked[0].threshold_mode == "quantile"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "params" / "study").rglob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "params" / "study").rglob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_an_arms_file_alone_is_the_studys_run(path):
     name = path.relative_to(ROOT / "params" / "study").parts[0]
     alone = replace(Experiment.from_yaml(path), seed=3)
@@ -91,7 +96,14 @@ def test_all_arms_get_the_same_split_draws_steps_and_learning_rates(folder, tmp_
     seen = {}
     for path in sorted((ROOT / "params" / "study" / "a").glob("*.yaml")):
         e = Experiment.from_yaml(path)
-        small = {"dataset": "folder", "data_dir": str(folder), "folds": 5, "train_fraction": 1.0, "batch_size": 16, "seed": 1}
+        small = {
+            "dataset": "folder",
+            "data_dir": str(folder),
+            "folds": 5,
+            "train_fraction": 1.0,
+            "batch_size": 16,
+            "seed": 1,
+        }
         small |= {"runs_dir": str(tmp_path / "runs")}
         orders.clear()
         run = experiment.run(replace(e, schedule=SHORT[e.schedule], **small), **QUIET)
@@ -129,7 +141,9 @@ def test_a_rectangle_has_the_dose_of_the_other_masks():
 
 def write(path: Path, **content) -> str:
     arms = {"plain": {"schedule": "2"}, "masked": {"schedule": "1,p,1"}}
-    path.write_text(yaml.safe_dump({"question": "?", "reference": "plain", "seeds": 2, "arms": arms} | content, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({"question": "?", "reference": "plain", "seeds": 2, "arms": arms} | content, sort_keys=False)
+    )
     return str(path)
 
 
@@ -137,7 +151,10 @@ def write(path: Path, **content) -> str:
     ("changes", "words"),
     [
         ({"arms": {"plain": {}, "other": {"lr": 0.01}}}, ["other.lr", "0.01", "the reference has 0.001", "may_differ"]),
-        ({"arms": {"plain": {"schedule": "2"}, "longer": {"schedule": "3"}}}, ["longer.schedule", "3 epochs", "other_length"]),
+        (
+            {"arms": {"plain": {"schedule": "2"}, "longer": {"schedule": "3"}}},
+            ["longer.schedule", "3 epochs", "other_length"],
+        ),
         ({"contrasts": ["masked - plane"]}, ["plane", "did you mean 'plain'"]),
         ({"contrasts": ["masked - plain"], "seeds": 25}, ["seeds", "25", "at most 24"]),
         ({"described": ["masked - plane"]}, ["plane", "did you mean 'plain'"]),
@@ -175,7 +192,14 @@ def table(read: study.Study, *, effect: float = 0.02) -> pd.DataFrame:
     frame["reported_accuracy"] = np.where(frame["protocol"] == "clean", np.nan, frame["test_accuracy"] + 0.1)
     frame["digest"] = [f"{i:064x}" for i in range(len(frame))]
     frame["split_digest"] = [f"split {seed}" for seed in frame["seed"]]
-    fixed = {"run": "somewhere", "data_digest": "d", "device_name": "CPU", "proxy_seconds": 1.0, "train_seconds": 18.0, "epochs": 18}
+    fixed = {
+        "run": "somewhere",
+        "data_digest": "d",
+        "device_name": "CPU",
+        "proxy_seconds": 1.0,
+        "train_seconds": 18.0,
+        "epochs": 18,
+    }
     return frame.assign(**fixed)
 
 
@@ -279,7 +303,14 @@ def test_a_study_is_drawn_as_far_as_its_runs_have_finished(folder, tmp_path, mon
     monkeypatch.setenv("PA_RUNS", str(tmp_path / "runs"))
     base = {"dataset": "folder", "data_dir": str(folder), "batch_size": 16, "protocol": "thesis_text"}
     part = [{"arm": "masked", "unmasked": "plain", "honest": "plain"}]
-    path = write(tmp_path / "some.yaml", base=base, datasets=["Noise"], contrasts=["masked - plain"], decomposition=part, other_length=["masked"])
+    path = write(
+        tmp_path / "some.yaml",
+        base=base,
+        datasets=["Noise"],
+        contrasts=["masked - plain"],
+        decomposition=part,
+        other_length=["masked"],
+    )
     read = study.read(path)
     empty = study.tables(read, study.so_far(read))
     assert [len(made) for made in empty.values()] == [0, 0]
@@ -312,7 +343,14 @@ def test_what_is_shown_is_what_is_committed(tmp_path, monkeypatch):
     _, shown = study.show("study_a")
     same(shown, pd.read_csv(tmp_path / "figures" / "study_a.csv"))
     found = study.declared()
-    assert list(found["contrast"]) == ["salient - shuffled", "salient - plain", "salient - random erasing"] and (found["n"] == 20).all()
-    assert found["low"].iloc[0] < found["difference"].iloc[0] == pytest.approx(100 * shown[shown["declared"]]["difference"].iloc[0])
+    assert (
+        list(found["contrast"]) == ["salient - shuffled", "salient - plain", "salient - random erasing"]
+        and (found["n"] == 20).all()
+    )
+    assert (
+        found["low"].iloc[0]
+        < found["difference"].iloc[0]
+        == pytest.approx(100 * shown[shown["declared"]]["difference"].iloc[0])
+    )
     with pytest.raises(ParameterError, match="studies = 'commited'.*did you mean 'committed'"):
         study.show("study_a", source="commited")

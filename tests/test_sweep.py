@@ -147,7 +147,9 @@ def test_the_predecessors_grid_is_among_them():
 
 def python(code: str, runs: Path, *words: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PA_RUNS": str(runs), "PYTHONPATH": str(home())}
-    return subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, cwd=home())
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, cwd=home()
+    )
 
 
 def test_a_dry_run_lists_and_loads_neither_torch_nor_dask(tmp_path):
@@ -155,7 +157,9 @@ def test_a_dry_run_lists_and_loads_neither_torch_nor_dask(tmp_path):
     done = python(code, tmp_path / "runs", "params/sweeps/threshold.yaml", "--dry-run")
     assert done.returncode == 0, done.stderr
     first, *listed, last = done.stdout.splitlines()
-    assert first == "threshold: 15 runs (24 combinations, 9 of them the same run as another), 0 finished before, 15 to do"
+    assert (
+        first == "threshold: 15 runs (24 combinations, 9 of them the same run as another), 0 finished before, 15 to do"
+    )
     assert len(listed) == 15 and all(line.startswith("  to do") for line in listed)
     assert "proxies" in listed[-1] and "threshold=0.95 seed=2" in listed[-1]
     assert last == "set()"
@@ -164,7 +168,9 @@ def test_a_dry_run_lists_and_loads_neither_torch_nor_dask(tmp_path):
 
 def test_a_refused_file_is_one_line_and_status_2(tmp_path):
     (tmp_path / "bad.yaml").write_text("grid: {treshold: [0.1]}")
-    done = python("from pa_core.sweep import main; import sys; sys.exit(main(sys.argv[1:]))", tmp_path, str(tmp_path / "bad.yaml"))
+    done = python(
+        "from pa_core.sweep import main; import sys; sys.exit(main(sys.argv[1:]))", tmp_path, str(tmp_path / "bad.yaml")
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "bad: grid.treshold" in done.stderr
 
@@ -205,13 +211,21 @@ def test_the_job_script_of_a_batch_system(tmp_path):
     with cluster:
         script = cluster.job_script()
     assert (jobs, threads) == (3, 4)
-    for line in ("#SBATCH -p gpu", "#SBATCH --cpus-per-task=8", "#SBATCH --mem=30G", "#SBATCH -t 12:00:00", "#SBATCH --gres=gpu:2"):
+    for line in (
+        "#SBATCH -p gpu",
+        "#SBATCH --cpus-per-task=8",
+        "#SBATCH --mem=30G",
+        "#SBATCH -t 12:00:00",
+        "#SBATCH --gres=gpu:2",
+    ):
         assert line in script.splitlines()
     assert "distributed.cli.dask_worker tcp://" in script and "--nworkers 2" in script
     assert "--resources run=1" in script  # one run at a time
 
 
-@pytest.mark.parametrize("text", ["slrum: {cores: 1}", "{}", "slurm: 3", "slurm: {cores: 1, memory: 1GB, quue: a}", "slurm: {queue: a}"])
+@pytest.mark.parametrize(
+    "text", ["slrum: {cores: 1}", "{}", "slurm: 3", "slurm: {cores: 1, memory: 1GB, quue: a}", "slurm: {queue: a}"]
+)
 def test_a_batch_system_that_does_not_exist_is_refused(tmp_path, text):
     (tmp_path / "cluster.yaml").write_text(text)
     with pytest.raises(ParameterError, match="^cluster = ") as caught:
@@ -228,7 +242,12 @@ class Lab:
     def __init__(self, folder: Path, digest: str) -> None:
         self.runs, self.stub, self.file = folder / "runs", folder / "stub", folder / "seeds.yaml"
         self.stub.mkdir()
-        self.environment = {"PA_RUNS": str(self.runs), "STUB": str(self.stub), "STUB_DATA": digest, "PYTHONPATH": str(home())}
+        self.environment = {
+            "PA_RUNS": str(self.runs),
+            "STUB": str(self.stub),
+            "STUB_DATA": digest,
+            "PYTHONPATH": str(home()),
+        }
         self.lines: list[str] = []
         self.started: list[subprocess.Popen] = []
 
@@ -253,7 +272,9 @@ class Lab:
             script.write_text(f"import sys, pa_core.sweep\nif __name__ == '__main__':\n    {main}\n")
         command = [sys.executable, str(script), str(self.write(count)), "--workers", "2"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.started.append(subprocess.Popen(command, env=os.environ | self.environment, start_new_session=True, **pipes))
+        self.started.append(
+            subprocess.Popen(command, env=os.environ | self.environment, start_new_session=True, **pipes)
+        )
         return self.started[-1]
 
     def noted(self, name: str) -> list[list[str]]:
@@ -283,7 +304,11 @@ def until(moment, seconds: float = 180) -> None:
 
 
 def descendants(pid: int) -> list[psutil.Process]:
-    return [process for process in psutil.Process(pid).children(recursive=True) if "resource_tracker" not in " ".join(process.cmdline())]
+    return [
+        process
+        for process in psutil.Process(pid).children(recursive=True)
+        if "resource_tracker" not in " ".join(process.cmdline())
+    ]
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -319,7 +344,9 @@ def test_what_fails_is_reported_and_the_others_go_on(lab):
     tries = Counter(int(seed) for seed, *_ in lab.noted("started"))
     assert tries == {0: 1, 1: 1, 2: 2, 3: sweep.ATTEMPTS, 4: 1, 5: 1}  # an error of its own is final
     assert lab.trained == dict.fromkeys((0, 2, 4, 5), 1)
-    assert {value for _, value in lab.noted("trim")} == {"None"}  # what Dask sets for its workers costs training a third
+    assert {value for _, value in lab.noted("trim")} == {
+        "None"
+    }  # what Dask sets for its workers costs training a third
     done = frame[frame["status"] == "finished"]
     assert done["test_accuracy"].between(0, 1).all() and done["test_accuracy"].nunique() == 4
     for name, kept in zip(done["run"], done["kept"], strict=True):
@@ -332,7 +359,9 @@ def test_what_fails_is_reported_and_the_others_go_on(lab):
     # what failed, and only that, is tried again
     lab.behave(1, ""), lab.behave(3, "")
     again = lab.sweep(6)
-    assert "6 runs, 4 finished before, 2 to do" in lab.lines[-6] + "".join(lab.lines) and set(again["status"]) == {"finished"}
+    assert "6 runs, 4 finished before, 2 to do" in lab.lines[-6] + "".join(lab.lines) and set(again["status"]) == {
+        "finished"
+    }
     assert lab.trained == dict.fromkeys(range(6), 1)
 
 
@@ -341,7 +370,10 @@ def test_status_1_and_the_error_on_the_last_lines(lab):
     process = lab.start(2)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1, printed
-    assert "failed: NonFiniteLoss: the loss is not finite in epoch 3, step 7\n    In [4]: run = pa.run(experiment)\n" in printed
+    assert (
+        "failed: NonFiniteLoss: the loss is not finite in epoch 3, step 7\n    In [4]: run = pa.run(experiment)\n"
+        in printed
+    )
     assert "1 of 2 finished, 1 failed" in printed
 
 
@@ -431,7 +463,11 @@ def test_interrupted_it_stops_within_seconds_and_says_so(lab, how):
         process.terminate()
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130, printed
-    assert "interrupted: stopping the runs under way" in printed and printed.endswith("stopped\n") and "Traceback" not in printed
+    assert (
+        "interrupted: stopping the runs under way" in printed
+        and printed.endswith("stopped\n")
+        and "Traceback" not in printed
+    )
     assert not alive(family)
     assert len(lab.noted("started")) == 4  # nothing was given out again
     (report,) = lab.runs.glob("sweeps/seeds/*/report.csv")
@@ -442,7 +478,7 @@ def test_on_a_running_dask_cluster(lab):
     from distributed import LocalCluster
 
     lab.behave(1, "error")
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=':0', memory_limit=0) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit=0) as cluster:
         frame = lab.sweep(4, scheduler=cluster.scheduler_address, threads=3)
         assert len(cluster.scheduler.workers) == 2  # they stay
     assert list(frame["status"]) == ["finished", "failed", "finished", "finished"]
@@ -451,7 +487,9 @@ def test_on_a_running_dask_cluster(lab):
 
 def test_a_scheduler_that_does_not_answer_is_refused(lab, monkeypatch):
     monkeypatch.setattr(sweep, "CONNECT_SECONDS", 0.5)
-    with pytest.raises(ParameterError, match="scheduler = 'tcp://127.0.0.1:9' is refused: no Dask scheduler answers there"):
+    with pytest.raises(
+        ParameterError, match="scheduler = 'tcp://127.0.0.1:9' is refused: no Dask scheduler answers there"
+    ):
         lab.sweep(1, scheduler="tcp://127.0.0.1:9")
 
 
@@ -522,7 +560,12 @@ def test_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkey
     lines: list[str] = []
     frame = sweep.run({"base": REAL, "seeds": [3]}, log=lines.append)
     assert lines == ["sweep: 1 runs, 1 finished before, 0 to do"] and frame["run"][0] == path.name
-    assert sweep.estimate(sweep.expand({"base": REAL, "seeds": [4]}), sweep.expand({"base": REAL, "seeds": [4]}).jobs, workers=1) > 10
+    assert (
+        sweep.estimate(
+            sweep.expand({"base": REAL, "seeds": [4]}), sweep.expand({"base": REAL, "seeds": [4]}).jobs, workers=1
+        )
+        > 10
+    )
     assert set(results.load()["run"]) == {path.name}
 
 
@@ -531,11 +574,17 @@ def test_without_a_notebook_the_worker_makes_the_same_run(tmp_path):
     base = {"train_fraction": 0.1, "schedule": "2,p,2", "device": "cpu", "runs_dir": str(tmp_path / "direct")}
     file = {"notebook": "none", "base": base, "arms": {"not finite": {"lr": 1e30}, "fine": {}}}
     frames: list[pd.DataFrame] = []
-    thread = threading.Thread(target=lambda: frames.append(sweep.run(file, workers=1, threads=1, log=lambda _text: None)))
+    thread = threading.Thread(
+        target=lambda: frames.append(sweep.run(file, workers=1, threads=1, log=lambda _text: None))
+    )
     thread.start()
 
     def begun() -> bool:
-        fine = [path for path in (tmp_path / "direct").glob("*/checkpoint.pt") if path.parent.joinpath("metrics.jsonl").stat().st_size]
+        fine = [
+            path
+            for path in (tmp_path / "direct").glob("*/checkpoint.pt")
+            if path.parent.joinpath("metrics.jsonl").stat().st_size
+        ]
         return bool(fine)
 
     until(begun)
@@ -552,7 +601,9 @@ def test_without_a_notebook_the_worker_makes_the_same_run(tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        here = experiment.run(Experiment.from_mapping(base | {"runs_dir": str(tmp_path / "here")}), log=lambda _text: None)
+        here = experiment.run(
+            Experiment.from_mapping(base | {"runs_dir": str(tmp_path / "here")}), log=lambda _text: None
+        )
     finally:
         torch.set_num_threads(before)
     assert here.path.name == made.name and timeless(here.summary) == timeless(Run(made).summary)
@@ -561,8 +612,19 @@ def test_without_a_notebook_the_worker_makes_the_same_run(tmp_path):
 
 def test_the_time_of_runs_is_estimated_from_runs_on_the_same_data(tmp_path, monkeypatch):
     monkeypatch.setenv("PA_RUNS", str(tmp_path))
-    measured = {"data_dir": [None, "/there/pets", "/there/cars"], "dataset": ["fashion_mini", "folder", "folder"], "train_seconds": [10.0, 20.0, 60.0]}
-    fixed = {"status": "finished", "epochs": 10, "proxy_seconds": 0.0, "model": "test_resnet", "train_fraction": 1.0, "protocol": "clean"}
+    measured = {
+        "data_dir": [None, "/there/pets", "/there/cars"],
+        "dataset": ["fashion_mini", "folder", "folder"],
+        "train_seconds": [10.0, 20.0, 60.0],
+    }
+    fixed = {
+        "status": "finished",
+        "epochs": 10,
+        "proxy_seconds": 0.0,
+        "model": "test_resnet",
+        "train_fraction": 1.0,
+        "protocol": "clean",
+    }
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "manifest.json").touch()
     monkeypatch.setattr(results, "load", lambda _runs_dir: pd.DataFrame(measured | fixed))

@@ -12,7 +12,18 @@ One link of the package's chain. Inside, a module imports only those before it:
 from pa_core.attribution.base import Request, as_found, scale
 from pa_core.attribution.controls import derangement
 from pa_core.attribution.maps import from_grids, grids, heatmaps
-from pa_core.attribution.table import ALIASES, METHODS, SMOOTH, Method, check, fused, markdown, refusal, resolve, servable
+from pa_core.attribution.table import (
+    ALIASES,
+    METHODS,
+    SMOOTH,
+    Method,
+    check,
+    fused,
+    markdown,
+    refusal,
+    resolve,
+    servable,
+)
 
 __all__ = [
     "ALIASES",

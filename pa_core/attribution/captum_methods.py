@@ -196,7 +196,12 @@ def _apart(model: nn.Module) -> Iterator[None]:
             read = torch.clone
             if _overlaps(module):
                 pools.append((module, module.stride, module.padding))
-                read = partial(_side_by_side, kernel=_pair(module.kernel_size), stride=_pair(module.stride), padding=_pair(module.padding))
+                read = partial(
+                    _side_by_side,
+                    kernel=_pair(module.kernel_size),
+                    stride=_pair(module.stride),
+                    padding=_pair(module.padding),
+                )
                 module.stride, module.padding = module.kernel_size, 0
             handles.append(module.register_forward_pre_hook(lambda _module, inputs, read=read: (read(inputs[0]),)))
         yield
@@ -256,7 +261,10 @@ def refuse_deeplift(model: Classifier) -> str | None:
 
 
 def _reused(model: Classifier, module: str | None) -> str | None:
-    return module and f"it needs every activation to be a module of its own, and {module} of {model.name} is used more than once"
+    return (
+        module
+        and f"it needs every activation to be a module of its own, and {module} of {model.name} is used more than once"
+    )
 
 
 def _ruled_by_deeplift() -> tuple[type[nn.Module], ...]:
@@ -294,7 +302,9 @@ def _graph(model: Classifier, kinds: type | tuple[type, ...]) -> tuple[list[Any]
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if isinstance(module, kinds)]
+    handles = [
+        module.register_forward_hook(watch(name)) for name, module in model.named_modules() if isinstance(module, kinds)
+    ]
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     try:
         with as_found(model), torch.enable_grad():

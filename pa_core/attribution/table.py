@@ -70,7 +70,9 @@ METHODS: dict[str, Method] = {
         compute=captum_methods.saliency, cost=_GRADIENT, about="gradient by the pixels (Simonyan et al. 2014), Captum"
     ),
     "input_x_gradient": Method(
-        compute=captum_methods.input_x_gradient, cost=_GRADIENT, about="pixel times gradient (Shrikumar et al. 2016), Captum"
+        compute=captum_methods.input_x_gradient,
+        cost=_GRADIENT,
+        about="pixel times gradient (Shrikumar et al. 2016), Captum",
     ),
     "integrated_gradients": Method(
         compute=captum_methods.integrated_gradients,
@@ -129,7 +131,9 @@ METHODS: dict[str, Method] = {
         refuse=transformers.refuse_attention,
     ),
     "random": Method(compute=controls.random, control=True, cost="none", about="control: uniform noise per pixel"),
-    "random_blur": Method(compute=controls.random_blur, control=True, cost="none", about="control: a smooth random field"),
+    "random_blur": Method(
+        compute=controls.random_blur, control=True, cost="none", about="control: a smooth random field"
+    ),
     "center": Method(compute=controls.center, control=True, cost="none", about="control: a Gaussian in the middle"),
     "rectangle": Method(
         compute=controls.rectangle,
@@ -163,7 +167,9 @@ def resolve(name: str) -> str:
     """The table's name of a method, from it or an alias; an unknown one is refused with the nearest."""
     name = ALIASES.get(name, name)
     if name not in METHODS:
-        raise ParameterError("xai", name, f"allowed is one of {', '.join(METHODS)}{nearest(name, [*METHODS, *ALIASES])}")
+        raise ParameterError(
+            "xai", name, f"allowed is one of {', '.join(METHODS)}{nearest(name, [*METHODS, *ALIASES])}"
+        )
     return name
 
 
@@ -197,7 +203,9 @@ def check(method: str, *, smooth: str = "none", model: Classifier | None = None)
         raise ParameterError("smooth", smooth, allowed)
     reason = None if model is None else refusal(method, model)
     if reason is not None:
-        raise ParameterError("xai", method, f"{reason}; with {model.name} allowed is one of {', '.join(servable(model))}, or a control")
+        raise ParameterError(
+            "xai", method, f"{reason}; with {model.name} allowed is one of {', '.join(servable(model))}, or a control"
+        )
 
 
 def fused(method: str, smooth: str) -> bool:

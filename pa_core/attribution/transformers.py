@@ -51,7 +51,11 @@ def chefer(request: Request) -> Tensor:
 def refuse_attention(model: Classifier) -> str | None:
     """Why a model's attention cannot be followed from block to block."""
     device = next(model.parameters()).device
-    with as_found(model), torch.no_grad(), torch.autocast(device.type, enabled=False):  # rows that sum to 1 in half precision may not
+    with (
+        as_found(model),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):  # rows that sum to 1 in half precision may not
         attentions, _ = _forward(model, torch.zeros(2, 3, model.image_size, model.image_size, device=device))
     if not attentions:
         return f"it needs attention over all tokens, and {model.name} has none that can be read"
@@ -59,7 +63,9 @@ def refuse_attention(model: Classifier) -> str | None:
     square = len(first) == 4 and first[0] == 2 and first[2] == first[3] and _side(model, first[-1]) is not None
     if not square or any(tuple(a.shape)[-2:] != first[-2:] or len(a) != 2 for a in attentions):
         return f"it needs attention of all tokens over all tokens in every block, which {model.name} has not"
-    if any(bool((a < 0).any()) or not torch.allclose(a.sum(-1), torch.ones_like(a.sum(-1)), atol=1e-3) for a in attentions):
+    if any(
+        bool((a < 0).any()) or not torch.allclose(a.sum(-1), torch.ones_like(a.sum(-1)), atol=1e-3) for a in attentions
+    ):
         return f"it needs softmax attention, which {model.name} has not"
     return None
 
@@ -100,7 +106,9 @@ def _forward(model: Classifier, images: Tensor) -> tuple[list[Tensor], Tensor]:
     def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         seen.append(output)
 
-    drops = [module.attn_drop for module in model.modules() if isinstance(getattr(module, "attn_drop", None), nn.Dropout)]
+    drops = [
+        module.attn_drop for module in model.modules() if isinstance(getattr(module, "attn_drop", None), nn.Dropout)
+    ]
     handles = [drop.register_forward_hook(keep) for drop in drops]
     try:
         with _unfused(model):

@@ -157,7 +157,10 @@ def _erased(draws: Tensor, size: int) -> Tensor:
     least, most = area.clamp(min=ERASE_ASPECT).log(), (1 / area).clamp(max=1 / ERASE_ASPECT).log()
     aspect = (least + (most - least) * draws[2]).exp()
     height, width = ((size * side.sqrt()).round().clamp(1, size) for side in (area * aspect, area / aspect))
-    top, left = ((free * draw).floor().clamp(max=free - 1) for free, draw in ((size - height + 1, draws[3]), (size - width + 1, draws[4])))
+    top, left = (
+        (free * draw).floor().clamp(max=free - 1)
+        for free, draw in ((size - height + 1, draws[3]), (size - width + 1, draws[4]))
+    )
     height = torch.where(draws[0] < ERASE_PROBABILITY, height, 0)
     return torch.stack([top, top + height, left, left + width]).long()
 
@@ -201,9 +204,7 @@ def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
     theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
     theta = send(theta, images.device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    turned = F.grid_sample(
-        images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False
-    )
+    turned = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     if images.dtype == torch.uint8:
         turned = turned.round_().clamp_(0, 255)
     return turned.to(images.dtype)

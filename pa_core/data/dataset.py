@@ -95,7 +95,9 @@ class Part:
         Raises:
             IndexError: a position is out of range. One that lies on a GPU is not looked at: that would wait for it.
         """
-        if index.ndim != 1 or (index.device.type == "cpu" and len(index) and not 0 <= index.min() <= index.max() < len(self)):
+        if index.ndim != 1 or (
+            index.device.type == "cpu" and len(index) and not 0 <= index.min() <= index.max() < len(self)
+        ):
             raise IndexError(f"positions are a list of numbers from 0 to {len(self) - 1}")
         self.counter.images += len(index)
         if self.images is not None:

@@ -181,9 +181,7 @@ def describe(root: Path, files: Sequence[File]) -> list[tuple[str, int, int, str
         # What changed just now is read again next time, for a second change might leave the same
         # stamp; and so is what could not be read.
         settled = {
-            name: entry
-            for name, entry in entries.items()
-            if entry[0][2] < begun - RACE_NS and entry[-1] is None
+            name: entry for name, entry in entries.items() if entry[0][2] < begun - RACE_NS and entry[-1] is None
         }
         if settled != known:
             write_index(path, settled)

@@ -110,18 +110,14 @@ TORCHVISION: dict[str, Row] = {
     "fashion_mnist": Row(cls="FashionMNIST", image_size=28, files=f"FashionMNIST/{_IDX}", **_BOOL),
     "mnist": Row(cls="MNIST", image_size=28, files=f"MNIST/{_IDX}", **_BOOL),
     "kmnist": Row(cls="KMNIST", image_size=28, files=f"KMNIST/{_IDX}", **_BOOL),
-    "usps": Row(
-        cls="USPS", image_size=16, files="usps.bz2 and usps.t.bz2", classes=_digits(), **_BOOL
-    ),
+    "usps": Row(cls="USPS", image_size=16, files="usps.bz2 and usps.t.bz2", classes=_digits(), **_BOOL),
     "cifar10": Row(
         cls="CIFAR10",
         image_size=32,
         files="cifar-10-batches-py/ or cifar-10-python.tar.gz",
         **_BOOL,
     ),
-    "cifar100": Row(
-        cls="CIFAR100", image_size=32, files="cifar-100-python/ or cifar-100-python.tar.gz", **_BOOL
-    ),
+    "cifar100": Row(cls="CIFAR100", image_size=32, files="cifar-100-python/ or cifar-100-python.tar.gz", **_BOOL),
     "svhn": Row(
         cls="SVHN",
         image_size=32,
@@ -136,12 +132,8 @@ TORCHVISION: dict[str, Row] = {
         classes=_digits(),
         **_TWO,
     ),
-    "caltech101": Row(
-        cls="Caltech101", image_size=128, files="caltech101/101_ObjectCategories/", train={}
-    ),
-    "caltech256": Row(
-        cls="Caltech256", image_size=128, files="caltech256/256_ObjectCategories/", train={}
-    ),
+    "caltech101": Row(cls="Caltech101", image_size=128, files="caltech101/101_ObjectCategories/", train={}),
+    "caltech256": Row(cls="Caltech256", image_size=128, files="caltech256/256_ObjectCategories/", train={}),
     "flowers102": Row(
         cls="Flowers102",
         image_size=224,
@@ -173,8 +165,7 @@ TORCHVISION: dict[str, Row] = {
     "places365": Row(
         cls="Places365",
         image_size=128,
-        files="categories_places365.txt, places365_{train_standard,val}.txt, data_256_standard/ "
-        "and val_256/",
+        files="categories_places365.txt, places365_{train_standard,val}.txt, data_256_standard/ and val_256/",
         train={"split": "train-standard", "small": True},
         test={"split": "val", "small": True},
     ),
@@ -196,14 +187,11 @@ TORCHVISION: dict[str, Row] = {
     "stanford_cars": Row(
         cls="StanfordCars",
         image_size=224,
-        files="stanford_cars/ with cars_train/, cars_test/, devkit/ and "
-        "cars_test_annos_withlabels.mat",
+        files="stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat",
         download=False,
         **_TWO,
     ),
-    "fgvc_aircraft": Row(
-        cls="FGVCAircraft", image_size=224, files="fgvc-aircraft-2013b/ with data/", **_THREE
-    ),
+    "fgvc_aircraft": Row(cls="FGVCAircraft", image_size=224, files="fgvc-aircraft-2013b/ with data/", **_THREE),
     "country211": Row(
         cls="Country211",
         image_size=128,
@@ -246,9 +234,7 @@ def find(name: str, data_dir: str | None) -> Source:
     if name == "fashion_mini":
         if root is not None:
             allowed = "for a folder of class folders set dataset to folder"
-            raise ParameterError(
-                "data_dir", data_dir, f"fashion_mini comes with the package; {allowed}"
-            )
+            raise ParameterError("data_dir", data_dir, f"fashion_mini comes with the package; {allowed}")
         return _fashion_mini()
     return _torchvision(name, TORCHVISION[name], root or data_home().absolute() / name)
 
@@ -294,9 +280,7 @@ def embedded() -> dict[str, np.ndarray]:
 
 def _fashion_mini() -> Source:
     arrays, both = embedded(), ("train", "test")
-    images, labels = (
-        np.concatenate([arrays[f"{part}_{kind}"] for part in both]) for kind in ("images", "labels")
-    )
+    images, labels = (np.concatenate([arrays[f"{part}_{kind}"] for part in both]) for kind in ("images", "labels"))
     things = [Image.fromarray(image) for image in images]
     return Source(
         name="fashion_mini",
@@ -449,9 +433,7 @@ def _open(row: Row, root: Path, *, download: bool) -> dict[str, Any]:
     if "download" in known:
         options["download"] = download
     asked = {part: getattr(row, part) for part in PARTS}
-    return {
-        part: kind(str(root), **some, **options) for part, some in asked.items() if some is not None
-    }
+    return {part: kind(str(root), **some, **options) for part, some in asked.items() if some is not None}
 
 
 @contextmanager

@@ -28,13 +28,8 @@ from torch import Tensor
 from pa_core.data import decode, workers
 from pa_core.params import ParameterError, data_home
 
-_ELSEWHERE = (
-    "allowed is a folder for downloads and image caches that can be written, set by the "
-    "variable PA_DATA"
-)
-_UNWRITABLE = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC}
-)
+_ELSEWHERE = "allowed is a folder for downloads and image caches that can be written, set by the variable PA_DATA"
+_UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC})
 
 Pixels = tuple[np.ndarray, dict[int, str]]
 """uint8 [N, 3, S, S], and the rows that could not be decoded (zeros), with reasons."""
@@ -45,9 +40,7 @@ def cache_home() -> Path:
     return data_home() / "cache"
 
 
-def images(
-    things: Callable[[], Sequence[decode.Thing]], digests: Sequence[str], *, size: int, title: str
-) -> Pixels:
+def images(things: Callable[[], Sequence[decode.Thing]], digests: Sequence[str], *, size: int, title: str) -> Pixels:
     """The decoded images, from the cache or made now. An empty digest is a row that is left out.
 
     Args:
@@ -203,7 +196,9 @@ def place(store: str, *, needed: int, device: torch.device) -> Placement:
     fits = needed <= HEADROOM * free
     if store == "device" and not fits:
         sizes = f"the images take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {device}"
-        raise ParameterError("store", store, f"{sizes}, half of which stays free for the network; allowed is auto or mapped")
+        raise ParameterError(
+            "store", store, f"{sizes}, half of which stays free for the network; allowed is auto or mapped"
+        )
     if store == "auto":
         store = "device" if fits else "mapped"
     return Placement(store=store, bytes=needed, free_bytes=free)

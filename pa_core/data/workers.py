@@ -28,9 +28,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def describe(
-    things: Sequence[decode.Thing], rows: Sequence[int], *, text: str
-) -> Iterator[decode.Reply]:
+def describe(things: Sequence[decode.Thing], rows: Sequence[int], *, text: str) -> Iterator[decode.Reply]:
     """Replies with (digest, height, width) of the given rows, in their order."""
     jobs = ((row, things[row], None) for row in rows)
     return _work(decode.Describe(), ["describe"], jobs, len(rows), text=text)
@@ -79,9 +77,7 @@ def _work(
             yield from replies
 
 
-def _in_processes(
-    arguments: list[str], chunks: list[Sequence[decode.Job]]
-) -> Iterator[list[decode.Reply]]:
+def _in_processes(arguments: list[str], chunks: list[Sequence[decode.Job]]) -> Iterator[list[decode.Reply]]:
     count = min(cores(), len(chunks))
     with _processes(arguments, count) as idle, ThreadPoolExecutor(count) as pool:
 

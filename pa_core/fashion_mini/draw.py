@@ -46,9 +46,7 @@ def draw(source: Path) -> dict[str, np.ndarray]:
     for part, count in PER_CLASS.items():
         images = idx(source / f"{PREFIX[part]}-images-idx3-ubyte.gz")
         labels = idx(source / f"{PREFIX[part]}-labels-idx1-ubyte.gz")
-        chosen = [
-            random.permutation(np.flatnonzero(labels == label))[:count] for label in range(10)
-        ]
+        chosen = [random.permutation(np.flatnonzero(labels == label))[:count] for label in range(10)]
         rows = np.sort(np.concatenate(chosen))
         drawn |= {f"{part}_images": images[rows], f"{part}_labels": labels[rows]}
         drawn[f"{part}_rows"] = rows.astype(np.uint16)

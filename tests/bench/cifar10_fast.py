@@ -66,7 +66,9 @@ def row(name: str, done: list[Run], *, data: str, device: torch.device) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.cifar10_fast")
     parser.add_argument("--data", help="a folder of class folders; without it the lossless set of torchvision")
-    parser.add_argument("--data-name", default="CIFAR-10", help="what the table calls the data, such as 'CIFAR-10 (JPEG)'")
+    parser.add_argument(
+        "--data-name", default="CIFAR-10", help="what the table calls the data, such as 'CIFAR-10 (JPEG)'"
+    )
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     device = resolve_device(options.device)

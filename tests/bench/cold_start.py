@@ -38,12 +38,29 @@ def cold(device: torch.device) -> dict[str, float]:
     """Seconds until the first step, and of each stretch before it, named after what the cell does."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.ipynb"
-        options = {"schedule": "1", "device": str(device), "runs_dir": f"{folder}/runs", "figures_dir": f"{folder}/figures"}
+        options = {
+            "schedule": "1",
+            "device": str(device),
+            "runs_dir": f"{folder}/runs",
+            "figures_dir": f"{folder}/figures",
+        }
         words = [word for name, value in options.items() for word in ("-p", name, value)]
-        command = [sys.executable, "-m", "papermill", NOTEBOOK, str(out), *words, "--kernel", "python3", "--no-progress-bar"]
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            NOTEBOOK,
+            str(out),
+            *words,
+            "--kernel",
+            "python3",
+            "--no-progress-bar",
+        ]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_PREFER_ENV_PATH": "1"}
         started = time.time()
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         board = None
         while board is None and process.poll() is None:
             time.sleep(0.005)
@@ -77,6 +94,8 @@ def importing(name: str) -> float:
     code = f"import time; started = time.perf_counter(); import {name}; print(time.perf_counter() - started)"
 
     def seconds() -> float:
-        return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+        return float(
+            subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        )
 
     return statistics.median(seconds() for _ in range(7))

@@ -51,7 +51,9 @@ def pictures(folder: Path, *, n: int) -> None:
     for i in range(n):
         path = folder / "train" / str(i % synthetic.CLASSES) / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        shapes = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(STORED, Image.Resampling.BICUBIC)
+        shapes = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+            STORED, Image.Resampling.BICUBIC
+        )
         noisy = np.asarray(shapes) + rng.normal(0, 6, (STORED[1], STORED[0], 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=85)
 

@@ -40,7 +40,9 @@ def run(device: torch.device) -> list[harness.Row]:
     return table
 
 
-def contenders(folder: Path, e: Experiment, *, size: int, batch: int, device: torch.device) -> dict[str, Callable[[], int]]:
+def contenders(
+    folder: Path, e: Experiment, *, size: int, batch: int, device: torch.device
+) -> dict[str, Callable[[], int]]:
     mapped = synthetic.part(folder / "images.npy")
     n = len(mapped)
     placed = mapped.on(device, room=n // 5)

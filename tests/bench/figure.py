@@ -37,7 +37,9 @@ def draw(folder: Path) -> Path:
     figure = plt.figure(figsize=(15, 0.24 * max(filled) + 0.6), layout="constrained")
     for half, names in zip(figure.subfigures(1, 2), columns, strict=True):
         if names:
-            axes = half.subplots(len(names), 1, height_ratios=[lines(tables[name]) + 2 for name in names], squeeze=False)
+            axes = half.subplots(
+                len(names), 1, height_ratios=[lines(tables[name]) + 2 for name in names], squeeze=False
+            )
             for axis, name in zip(axes[:, 0], names, strict=True):
                 panel(axis, name, tables[name])
     for suffix in ("png", "svg"):

@@ -77,7 +77,9 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def rows(benchmark: str, values: Mapping[str, float], *, reference: str, device: torch.device, unit: str = "images/s") -> list[Row]:
+def rows(
+    benchmark: str, values: Mapping[str, float], *, reference: str, device: torch.device, unit: str = "images/s"
+) -> list[Row]:
     """A row per contender; ``benchmark`` names what was run, such as ``heatmaps: resnet18 at 224, gradcam``."""
     return [
         Row(
@@ -144,5 +146,7 @@ def show(table: list[Row]) -> None:
     for benchmark in dict.fromkeys(row.benchmark for row in table):
         print(benchmark)
         for row in (row for row in table if row.benchmark == benchmark):
-            print(f"  {row.contender:<{width}}  {row.value:>10,.4g} {row.unit:<10}  {row.ratio:>6.2f} x {row.reference}")
+            print(
+                f"  {row.contender:<{width}}  {row.value:>10,.4g} {row.unit:<10}  {row.ratio:>6.2f} x {row.reference}"
+            )
     print(flush=True)

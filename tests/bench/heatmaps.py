@@ -29,17 +29,25 @@ def run(device: torch.device) -> list[harness.Row]:
         for method in ("gradcam", "gradcam++"):
             made = contenders(name, size=size, batch=batch, method=method, device=device)
             agree(made)
-            rates = harness.interleave({who: lambda work=work: len(work()) for who, work in made.items()}, device=device)
-            table += harness.rows(f"{method}, {name} at {size}, batch {batch}", rates, reference="forward", device=device)
+            rates = harness.interleave(
+                {who: lambda work=work: len(work()) for who, work in made.items()}, device=device
+            )
+            table += harness.rows(
+                f"{method}, {name} at {size}, batch {batch}", rates, reference="forward", device=device
+            )
     return table
 
 
-def contenders(name: str, *, size: int, batch: int, method: str, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+def contenders(
+    name: str, *, size: int, batch: int, method: str, device: torch.device
+) -> dict[str, Callable[[], Tensor]]:
     """Each gives [N, size, size]; ``forward`` gives logits."""
     model = models.create(name, classes=100, image_size=size).to(device).eval()
     images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
-        model.network.get_classifier().weight *= 1e4  # grad-cam adds 1e-7 to a map's range, and fresh networks have small maps
+        model.network.get_classifier().weight *= (
+            1e4  # grad-cam adds 1e-7 to a map's range, and fresh networks have small maps
+        )
     layer = model.network.layer4[-1]
     other = {"gradcam": GradCAM, "gradcam++": GradCAMPlusPlus}[method](model=model, target_layers=[layer])
 

@@ -13,8 +13,8 @@ import torch
 from pa_core import models, train
 from pa_core.params import Experiment
 from tests.bench import harness
-from tests.bench.synthetic import noise
 from tests.bench.proxy_step import step
+from tests.bench.synthetic import noise
 
 IMAGES, SIZE = 10_000, 64
 

@@ -42,11 +42,15 @@ def run(device: torch.device) -> list[harness.Row]:
 
         contenders = {
             "evaluate": scored,
-            harness.OURS: lambda model=model, part=part: step(model, part, Experiment(schedule="1,p,1"), device=device, dtype=dtype),
+            harness.OURS: lambda model=model, part=part: step(
+                model, part, Experiment(schedule="1,p,1"), device=device, dtype=dtype
+            ),
             f"{harness.OURS}, a pass of its own": second_pass,
         }
         rates = harness.interleave(contenders, device=device, rounds=5)
-        table += harness.rows(f"gradcam++, {name} at {size}, {len(part)} images", rates, reference="evaluate", device=device)
+        table += harness.rows(
+            f"gradcam++, {name} at {size}, {len(part)} images", rates, reference="evaluate", device=device
+        )
     return table + predecessor(device, dtype)
 
 
@@ -55,16 +59,27 @@ def predecessor(device: torch.device, dtype: torch.dtype) -> list[harness.Row]:
     part = noise(1200, size=224)
     model = models.create("resnet18", classes=10, image_size=224).to(device).eval()
     everything = Experiment(schedule="1,p,1", select="all", xai="gradcam")
-    rates = harness.interleave({harness.OURS: lambda: step(model, part, everything, device=device, dtype=dtype)}, device=device, rounds=3)
+    rates = harness.interleave(
+        {harness.OURS: lambda: step(model, part, everything, device=device, dtype=dtype)}, device=device, rounds=3
+    )
     values = {"predecessor (as reported)": PREDECESSOR} | rates
-    return harness.rows("gradcam, resnet18 at 224, 1,200 images, all made proxies", values, reference="predecessor (as reported)", device=device)
+    return harness.rows(
+        "gradcam, resnet18 at 224, 1,200 images, all made proxies",
+        values,
+        reference="predecessor (as reported)",
+        device=device,
+    )
 
 
-def step(model: models.Classifier, part: Part, experiment: Experiment, *, device: torch.device, dtype: torch.dtype) -> int:
+def step(
+    model: models.Classifier, part: Part, experiment: Experiment, *, device: torch.device, dtype: torch.dtype
+) -> int:
     """One proxy step into a folder that is removed again; how many images were scored."""
     folder = Path(tempfile.mkdtemp())
     try:
-        proxy.proxy_step(model, part, experiment, step=1, epoch=1, directory=folder / "step_1", device=device, dtype=dtype)
+        proxy.proxy_step(
+            model, part, experiment, step=1, epoch=1, directory=folder / "step_1", device=device, dtype=dtype
+        )
     finally:
         shutil.rmtree(folder)
     return len(part)

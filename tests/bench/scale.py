@@ -34,12 +34,16 @@ def run(device: torch.device) -> list[harness.Row]:
         with tempfile.TemporaryDirectory() as folder:
             made = {f"{n:,} images": training(Path(folder), n, store, device) for n in NUMBERS}
             rates = harness.interleave(made, device=device)
-        peaks = {f"{n:,} images": json.loads(harness.in_process("tests.bench.scale", n, store, device)) for n in NUMBERS}
+        peaks = {
+            f"{n:,} images": json.loads(harness.in_process("tests.bench.scale", n, store, device)) for n in NUMBERS
+        }
         values = {"images/s": rates, "MB": {name: peak["peak"] for name, peak in peaks.items()}}
         if store == "device":
             values["MB besides the images"] = {name: peak["besides"] for name, peak in peaks.items()}
         for unit, found in values.items():
-            table += harness.rows(f"store {store}: {unit}", found, reference=f"{NUMBERS[0]:,} images", unit=unit, device=device)
+            table += harness.rows(
+                f"store {store}: {unit}", found, reference=f"{NUMBERS[0]:,} images", unit=unit, device=device
+            )
     return table
 
 

@@ -55,5 +55,7 @@ def state(e: Experiment, *, size: int, device: torch.device, steps: int) -> trai
 
 def epoch(state: train.State, source: train.Source, e: Experiment, *, draws: int, batch: int) -> int:
     """Train once on ``draws`` images; how many that were."""
-    train.train_one_epoch(state, source, draws=draws, batch_size=batch, kinds=e.augment, label_smoothing=e.label_smoothing, seed=e.seed)
+    train.train_one_epoch(
+        state, source, draws=draws, batch_size=batch, kinds=e.augment, label_smoothing=e.label_smoothing, seed=e.seed
+    )
     return draws
