@@ -221,8 +221,13 @@ class Experiment(BaseModel):
     def explains(self) -> bool:
         """Whether a proxy step makes maps, and not a selection alone."""
         return bool(steps(self.schedule)) and (
-            self.fill != "none" or self.erase_region != "anywhere" or self.mix_labels == "attention"
+            self.masks or self.erase_region != "anywhere" or self.mix_labels == "attention"
         )
+
+    @property
+    def masks(self) -> bool:
+        """Whether proxies are masked images, and not their originals."""
+        return self.fill != "none" and (self.overlay != "withhold" or self.protocol != "clean")
 
     @property
     def explained(self) -> str:
@@ -281,8 +286,8 @@ def _without_effect(e: Experiment) -> set[str]:
         (e.protocol != "clean", {"select", "overlay", "copies", "keep_proxies"}),  # the protocol says what is done
         (e.protocol == "clean" and e.select == "all", {"fraction"}),
         (e.protocol == "clean" and e.overlay != "append", {"copies"}),
-        (e.fill == "none" or e.overlay == "withhold", _MASK),
-        (e.overlay == "withhold", {"fill"}),
+        (not e.masks, _MASK),
+        (e.protocol == "clean" and e.overlay == "withhold", {"fill"}),
         (not e.explains, _EXPLANATION),
         (e.mix_labels == "attention", {"xai_target"}),
         ("erase" not in e.augmentations, {"erase_region", "erase_probability"}),
