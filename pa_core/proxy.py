@@ -202,7 +202,8 @@ def _scored(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [N, C] of all training images, on the CPU; where one pass gives both, their raw maps [N, h, w]."""
     h, w = model.cam.grid
-    if not (e.explains and attribution.fused(e.xai, e.smooth)) or 4 * len(part) * h * w > MOST_BYTES_OF_MAPS:
+    fused = e.explains and attribution.fused(e.xai, e.smooth) and e.smooth != "gaussian"  # a blur is of the image's size
+    if not fused or 4 * len(part) * h * w > MOST_BYTES_OF_MAPS:
         return evaluate(model, Pool.of(part), device=device, dtype=dtype).logits, None
     logits, maps = [], []
     with attribution.as_found(model):
@@ -228,7 +229,7 @@ def explain(
     if not e.explains or not ids:
         return torch.zeros(len(ids), 1, 1, dtype=torch.float16, device=device)
     if choice.maps is not None:
-        maps = attribution.stored(choice.maps, image_size=part.shape[-1], smooth=e.smooth)
+        maps = attribution.stored(choice.maps)
     else:
         maps = torch.cat(
             [_explained(model, part, e, choice, at, device=device, dtype=dtype) for at in _chunks(len(ids))]
