@@ -32,7 +32,7 @@ from pa_core.runs import Run
 from pa_core.schedule import Event
 
 Log = Callable[[str], None]
-__all__ = ["EVENTS", "Prepared", "Walk", "find", "load_data", "locate", "prepare", "predictions", "run", "say"]
+__all__ = ["EVENTS", "Prepared", "Walk", "find", "load_data", "locate", "prepare", "run", "say"]
 
 
 def say(text: str) -> None:
@@ -44,7 +44,7 @@ def say(text: str) -> None:
 
 
 def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
-    """Train as the schedule says, or continue where a run with the same identity stopped, or return it if it is finished.
+    """Train as the schedule says, or continue where such a run stopped, or return it if it is finished.
 
     Args:
         experiment: or what :func:`prepare` made of it, which is left as it is.
@@ -195,11 +195,8 @@ def _load_step(walk: Walk, number: int) -> Step:
 
 
 def _check_resume(prepared: Prepared, manifest: dict[str, Any]) -> None:
-    expected = {
-        "digest": prepared.digest,
-        "split_digest": prepared.dataset.split_digest,
-        "precision": str(prepared.dtype).removeprefix("torch."),
-    }
+    """Digest and code version are in the directory's name; the precision may follow from the machine."""
+    expected = {"split_digest": prepared.dataset.split_digest, "precision": prepared.precision}
     for name, here in expected.items():
         if manifest.get(name) != here:
             was = manifest.get(name)
@@ -243,14 +240,13 @@ def _new_manifest(walk: Walk) -> dict[str, Any]:
         "effective": e.effective(),
         "started": runs.now(),
         "command": e.command("03_proxy_loop" if schedule.steps(e.schedule) else "02_training"),
-        "process": runs.process(),
         "git_commit": runs.git_commit(),
         "versions": runs.versions(),
         "device": str(prepared.device),
         "device_name": runs.device_name(prepared.device),
         "images_on_device": walk.part.resident is not None,
         "threads": torch.get_num_threads(),
-        "precision": str(prepared.dtype).removeprefix("torch."),
+        "precision": prepared.precision,
         "batch_size": walk.batch_size,
         "data_digest": dataset.digest,
         "weights_digest": file_digest(e.pretrained),
@@ -343,9 +339,10 @@ def proxy(walk: Walk, event: Event) -> None:
     walk.steps = {**(walk.steps if e.keeps_all_proxies else {}), number: _load_step(walk, number)}
     fewer = f" ({record.asked} asked for, no more qualify)" if record.images < record.asked else ""
     done = f"{record.masked_share:.1%} masked, {record.unchanged} unchanged, " if e.masks else ""
+    blank = f"; {record.blank} maps say nothing (constant)" if record.blank else ""
     walk.log(
-        f"proxy step {number}: {record.images} of {len(walk.part)} images{fewer} by {e.select}, {e.xai}, fill {e.fill}, "
-        f"{done}{record.seconds:.1f} s" + (f"; {record.blank} maps say nothing (constant)" if record.blank else "")
+        f"proxy step {number}: {record.images} of {len(walk.part)} images{fewer} by {e.select}, {e.xai}, "
+        f"fill {e.fill}, {done}{record.seconds:.1f} s{blank}"
     )
 
 
@@ -390,7 +387,7 @@ def _finish(walk: Walk) -> None:
     if not math.isfinite(tested.loss):
         raise train.NonFiniteLoss(f"the test loss is not finite after epoch {walk.state.epoch}; a lower lr may help")
     predicted = tested.logits.argmax(1).numpy()
-    runs.write_csv(path / "predictions.csv", predictions(tested.logits, dataset.test, dataset.classes))
+    runs.write_csv(path / "predictions.csv", metrics.predictions(tested.logits, dataset.test, dataset.classes))
     runs.write_csv(path / "classes.csv", metrics.per_class(dataset.test.labels.numpy(), predicted, dataset.classes))
     runs.save_weights(path, walk.state.model.network)
     summary = _summary(walk, metrics.summarise(tested.logits, dataset.test.labels))
@@ -404,19 +401,6 @@ def _finish(walk: Walk) -> None:
     walk.log(
         f"test accuracy {summary['test_accuracy']:.3f} on {summary['n_test']} images, seed {walk.experiment.seed}; "
         f"the run is in {shown(path)}"
-    )
-
-
-def predictions(logits: Tensor, part: data.Part, classes: tuple[str, ...]) -> pd.DataFrame:
-    """Per image: id, label, predicted, confidence (probability of the predicted class, [0, 1])."""
-    confidence, predicted = logits.softmax(1).max(1)
-    return pd.DataFrame(
-        {
-            "id": list(part.ids),
-            "label": [classes[i] for i in part.labels.tolist()],
-            "predicted": [classes[i] for i in predicted.tolist()],
-            "confidence": confidence.numpy().round(6),
-        }
     )
 
 

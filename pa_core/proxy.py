@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from pa_core import attribution, batch, runs, selection
+from pa_core import attribution, batch, selection
 from pa_core.augment import Generators, Maps
 from pa_core.batch import Pool, memory_format, to_pixels
 from pa_core.data import Part, send
@@ -77,8 +77,8 @@ class Step:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> Step:
-        maps, positions = runs.load_step(folder)
-        return cls(positions=torch.from_numpy(positions), maps=torch.from_numpy(maps).to(device))
+        positions, maps = (torch.from_numpy(np.load(folder / f"{name}.npy")) for name in ("positions", "maps"))
+        return cls(positions=positions, maps=maps.to(device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,9 +151,9 @@ class Choice:
     """What a proxy step selected.
 
     Attributes:
-        positions: int64 [K] in the training part, the first choice first.
-        targets: int64 [K], the classes to explain.
-        maps: float32 [K, h, w], raw class activation maps on the CAM layer's grid, from the scoring pass; None where the
+        positions: int64 [K] in the training part, the first choice first. targets: int64 [K], the classes to explain.
+        maps: float32 [K, h, w], raw class activation maps on the CAM layer's grid, from the scoring pass; None where
+        the
             method needs a pass of its own, or nothing is explained.
         scores: of all training images.
         seed: of what is random in this step; another one for each step.
@@ -202,7 +202,9 @@ def _scored(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [N, C] of all training images, on the CPU; where one pass gives both, their raw maps [N, h, w]."""
     h, w = model.cam.grid
-    fused = e.explains and attribution.fused(e.xai, e.smooth) and e.smooth != "gaussian"  # a blur is of the image's size
+    fused = (
+        e.explains and attribution.fused(e.xai, e.smooth) and e.smooth != "gaussian"
+    )  # a blur is of the image's size
     if not fused or 4 * len(part) * h * w > MOST_BYTES_OF_MAPS:
         return evaluate(model, Pool.of(part), device=device, dtype=dtype).logits, None
     logits, maps = [], []
@@ -306,7 +308,9 @@ def proxy_step(
     scoring_seconds = time.perf_counter() - started
     maps = explain(model, part, e, choice, device=device, dtype=dtype)
     table, blank = _table(part, e, choice, maps)
-    runs.save_step(building, maps=maps.cpu().numpy(), positions=choice.positions.numpy(), table=table)
+    np.save(building / "maps.npy", maps.cpu().numpy())
+    np.save(building / "positions.npy", choice.positions.numpy())
+    table.to_csv(building / "proxies.csv", index=False)
     if len(table):
         first = made(part, choice.positions[:SHOWN], maps[:SHOWN], e, seed=choice.seed).picture()
         to_pil_image(first).save(building / "proxies.png")

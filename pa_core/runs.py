@@ -6,12 +6,12 @@
     classes.csv          per class on the test images: precision, recall, F1, support
     predictions.csv      per test image: id, label, predicted, confidence
     checkpoint.pt        while it trains; weights.safetensors once it is done
-    proxies/step_1/      what the proxy step made: maps.npy, positions.npy, proxies.csv, and its first proxies, proxies.png
+    proxies/step_1/      of the proxy step: maps.npy, positions.npy, proxies.csv, and the first proxies as proxies.png
     tensorboard/
 
-Every file but the metrics is replaced as a whole, so that a reader or a killed process finds the old one or the new one.
-The directory's name holds the run's digest and the code version: a run that other code made is never found in its place,
-and made anew beside it.
+Every file but the metrics is replaced as a whole, so that a reader or a killed process finds the old or the new one.
+The directory's name holds the run's digest and the code version: a run that other code made is never found in its
+place, and made anew beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import pickle
 import platform
 import struct
 import subprocess
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -35,7 +34,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
@@ -224,21 +222,6 @@ def save_weights(path: Path, network: torch.nn.Module) -> None:
         save_file(tensors, temporary)
 
 
-# A proxy step's files
-
-
-def save_step(folder: Path, *, maps: np.ndarray, positions: np.ndarray, table: pd.DataFrame) -> None:
-    """Write maps float16 [K, h, w], positions int64 [K] and the table into an existing folder."""
-    np.save(folder / "maps.npy", maps)
-    np.save(folder / "positions.npy", positions)
-    table.to_csv(folder / "proxies.csv", index=False)
-
-
-def load_step(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(maps float16 [K, h, w], positions int64 [K]) of a stored proxy step."""
-    return np.load(folder / "maps.npy"), np.load(folder / "positions.npy")
-
-
 # Where a run came from
 
 
@@ -267,28 +250,16 @@ def _code(source: str) -> str:
 @cache
 def git_commit() -> str | None:
     """The checkout's commit, with ``+`` when files differ from it; None outside a checkout."""
-    if not (home() / ".git").exists():
-        return None
+    words = ["git", "-C", str(home()), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        commit, changed = (
-            subprocess.run(
-                ["git", "-C", str(home()), *words], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet: provenance says None
         return None
-    return commit + ("+" if changed else "")
 
 
 def versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "timm", "captum", "numpy")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def process() -> str:
-    """How this process was started; a notebook's says little, so manifests also hold the command that repeats the run."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def now() -> str:
