@@ -18,7 +18,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pa_core import data, device, files, metrics, models, protocol, runs, schedule, train

@@ -15,11 +15,9 @@ images are never trained on. The protocol says nothing of the learning rate, whi
 `scheduler` do. What is not replayed:
 
 - the predecessor's wrong images are those of the forward passes during the epoch, here of one pass after it; its
-proxies
-  are made of their random crops, and a proxy that is wrong again is masked again, here only originals are;
+  proxies are made of their random crops, and a proxy that is wrong again is masked again, here only originals are;
 - its p stages grow with the proxies where the subset has room for them, and its numbered stages shrink by those that
-were
-  drawn and dropped; here every stage has as many images;
+  were drawn and dropped; here every stage has as many images;
 - it crops and resizes at random, with a weight decay of 1e-5; here `augment` and `weight_decay` say.
 """
 
