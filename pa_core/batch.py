@@ -100,7 +100,7 @@ def make(
     masked = pool.proxied[index] & (torch.rand(n, generator=draws["proxy"]) < e.proxy_probability)
     rows = torch.nonzero((pool.row[index] >= 0) if by_map else masked).squeeze(1)
     move = Geometry.draw(n, images.shape[-1], kinds=e.augmentations, draws=draws)
-    pixels = to_pixels(move.apply(images))
+    pixels = masking.to_float(move.apply(images))
     maps = Maps.none(pixels)
     if len(rows):
         maps = Maps(rows=send(rows, pixels.device), values=move.of(rows).apply(_maps(pool, index[rows], pixels)))
@@ -112,22 +112,27 @@ def make(
         weights = send((~pool.withheld[index]).float(), pixels.device)
     pixels, mixing = augment.change(pixels, maps, experiment=e, draws=draws)
     targets = labels if mixing is None else mixing.targets(labels, classes=classes)
-    return Batch(images=pixels, targets=targets, weights=weights)
+    return Batch(images=laid_out(pixels), targets=targets, weights=weights)
 
 
 def unaugmented(images: Tensor, *, pool: Pool, index: Tensor, experiment: Experiment, draws: Generators) -> Tensor:
     """The images at some positions of a pool with every proxy masked, and nothing else changed."""
-    pixels = to_pixels(images)
+    pixels = masking.to_float(images)
     rows = torch.nonzero(pool.proxied[index]).squeeze(1)
-    if not len(rows):
-        return pixels
-    maps = Maps(rows=send(rows, pixels.device), values=_maps(pool, index[rows], pixels))
-    return proxied(pixels, maps, experiment=experiment, draws=draws)[0]
+    if len(rows):
+        maps = Maps(rows=send(rows, pixels.device), values=_maps(pool, index[rows], pixels))
+        pixels, _ = proxied(pixels, maps, experiment=experiment, draws=draws)
+    return laid_out(pixels)
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """uint8 [n, 3, S, S] -> float32 in [0, 1], in the memory format of the networks on that device."""
-    return masking.to_float(images.contiguous(memory_format=memory_format(images.device)))
+    """uint8 [n, 3, S, S] -> float32 in [0, 1], laid out as the networks on that device want them."""
+    return masking.to_float(laid_out(images))
+
+
+def laid_out(images: Tensor) -> Tensor:
+    """The same images in the memory format of the networks on their device; indexing loses it."""
+    return images.contiguous(memory_format=memory_format(images.device))
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
