@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.layers import to_2tuple
+from timm.layers.helpers import to_2tuple
 from timm.models import load_state_dict, register_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -29,6 +29,7 @@ from pa_core.errors import ParameterError, did_you_mean
 MIN_GRID = 4  # a heatmap coarser than 4 x 4 says nothing about where
 MAX_TOKENS = 1024  # a smaller patch may not make more of them: attention costs their square
 FEATURES = "forward_features"
+Network = Any  # a timm network: an nn.Module with forward_features, forward_head, get_classifier and pretrained_cfg
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,11 @@ class Classifier(nn.Module):
     ``changes`` says what was changed in the network to keep a CAM grid of at least 4 x 4, one text each.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
-        self, network: nn.Module, *, name: str, classes: int, image_size: int, cam: Cam, changes: tuple[str, ...]
+        self, network: Network, *, name: str, classes: int, image_size: int, cam: Cam, changes: tuple[str, ...]
     ):
         super().__init__()
         self.network, self.name, self.classes, self.image_size = network, name, classes, image_size
@@ -149,7 +153,7 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
+def load_weights(network: Network, path: Path) -> None:
     """Load a state dict from a file into a timm network; a head that does not fit keeps its fresh weights.
 
     Raises:
@@ -179,14 +183,14 @@ def load_weights(network: nn.Module, path: Path) -> None:
     network.load_state_dict({key: value for key, value in state.items() if key not in dropped}, strict=False)
 
 
-def _heads(network: nn.Module) -> dict[nn.Module, str]:
+def _heads(network: Network) -> dict[nn.Module, str]:
     """The final classifier(s) with their dotted names; a distilled transformer has two."""
     heads = network.get_classifier()
     heads = list(heads) if isinstance(heads, (list, tuple)) else [heads]
     return {module: name for name, module in network.named_modules() if any(module is head for head in heads)}
 
 
-def find_cam(network: nn.Module, image_size: int, *, min_grid: int = 1) -> Cam:
+def find_cam(network: Network, image_size: int, *, min_grid: int = 1) -> Cam:
     """The network's own CAM layer, found by what the network gives at this size.
 
     Candidates in this order: the output of ``forward_features`` if it is a map; the last block's norms, the first of
@@ -210,7 +214,7 @@ def find_cam(network: nn.Module, image_size: int, *, min_grid: int = 1) -> Cam:
     raise ValueError(f"no layer of {type(network).__name__} gives a map or patch tokens with a gradient")
 
 
-def _named_cam(network: nn.Module, layer: str, image_size: int) -> Cam:
+def _named_cam(network: Network, layer: str, image_size: int) -> Cam:
     """The CAM layer that the user names."""
     names = [FEATURES, *(name for name, _ in network.named_modules() if name)]
     if layer not in names:
@@ -222,7 +226,7 @@ def _named_cam(network: nn.Module, layer: str, image_size: int) -> Cam:
     return cam
 
 
-def _cam(network: nn.Module, layer: str, image_size: int) -> Cam | None:
+def _cam(network: Network, layer: str, image_size: int) -> Cam | None:
     """A layer, if the logits depend on it. The two equal axes of its output are the spatial ones: images are square."""
     heads = _heads(network)  # left out, because some begin as zeros
     with register_module_forward_hook(lambda module, inputs, _: inputs[0] if module in heads else None):
@@ -246,7 +250,7 @@ def _cam(network: nn.Module, layer: str, image_size: int) -> Cam | None:
     return cam if gradient is not None and bool(cam.spatial(gradient).any()) else None
 
 
-def _cut(network: nn.Module, layer: str, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def _cut(network: Network, layer: str, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Forward pass of a network whose graph begins at a layer: (the layer's output, a leaf; the logits)."""
     leaves: list[Tensor] = []
 
@@ -264,7 +268,7 @@ def _cut(network: nn.Module, layer: str, inputs: Tensor) -> tuple[Tensor, Tensor
     return leaves[-1], logits
 
 
-def _fit(network: nn.Module, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
+def _fit(network: Network, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
     """Let the network take images of this size with a CAM grid of at least 4 x 4, by the least change that does.
 
     In this order: none; a smaller patch (networks that can be resized, ViT and Swin); a stride of 1 in the last
@@ -286,9 +290,9 @@ def _fit(network: nn.Module, name: str, size: int) -> tuple[tuple[str, ...], Cam
 
     changes: list[str] = []
     if hasattr(network, "set_input_size") and hasattr(network, "patch_embed"):
-        native = to_2tuple(getattr(network.patch_embed, "patch_size", 0))[0]
+        native: Any = to_2tuple(getattr(network.patch_embed, "patch_size", 0))[0]
         for patch in (p for p in range(native, 0, -1) if size % p == 0 and size // p >= MIN_GRID):
-            other = {"patch_size": (patch, patch)} if patch != native else {}
+            other: dict[str, Any] = {"patch_size": (patch, patch)} if patch != native else {}
             if (not other or (size // patch) ** 2 <= MAX_TOKENS) and (cam := usable(img_size=(size, size), **other)):
                 return ((f"patch size {native} -> {patch}",) if other else ()), cam
     elif cam := usable():
@@ -304,7 +308,7 @@ def _fit(network: nn.Module, name: str, size: int) -> tuple[tuple[str, ...], Cam
     raise ParameterError("image_size", size, allowed)
 
 
-def _reductions(network: nn.Module) -> list[list[str]]:
+def _reductions(network: Network) -> list[list[str]]:
     """Names of strided modules in forward order, grouped by the resolution they reduce: a block's branches together."""
     size = max(256, network.pretrained_cfg.get("input_size", (3, 256, 256))[-1])
     names = {module: n for n, module in network.named_modules() if _stride(module) > 1 and not any(module.children())}
@@ -327,10 +331,10 @@ def _stride(module: nn.Module) -> int:
     return stride if isinstance(stride, int) else 1
 
 
-def _unstride(network: nn.Module, name: str) -> str:
+def _unstride(network: Network, name: str) -> str:
     """Set a module's stride to 1 such that it keeps the resolution; weights keep their shapes."""
-    module, before = network.get_submodule(name), _stride(network.get_submodule(name))
-    one = (1, 1) if isinstance(module.stride, tuple) else 1
+    before = _stride(module := network.get_submodule(name))
+    one: Any = (1, 1) if isinstance(module.stride, tuple) else 1
     if isinstance(module, nn.Conv2d):
         if module.padding == (0, 0) and module.kernel_size[0] > 1:
             module.padding = "same"  # patches side by side have no padding of their own
@@ -357,7 +361,7 @@ def prune(network: nn.Module, share: float) -> None:
         layer.weight_mask.copy_(mask.view(layer.weight_mask.shape))
 
 
-def _masked(layer: nn.Module) -> nn.Module:
+def _masked(layer: Any) -> Any:
     """The layer, with a mask of ones if it had none."""
     if not hasattr(layer, "weight_mask"):
         bias = layer.bias
