@@ -304,7 +304,7 @@ def _fit(network: Network, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
                 return tuple(changes), cam
     if not changes and (cam := usable(min_grid=MIN_GRID)):
         return (f"CAM layer {cam.layer}, the last with a grid of {MIN_GRID}x{MIN_GRID} or more",), cam
-    allowed = f"must suit {name} with a heatmap grid of {MIN_GRID}x{MIN_GRID} or more ({reasons[0]}), or another model"
+    allowed = f"must give {name} a heatmap grid of {MIN_GRID}x{MIN_GRID} or more ({reasons[0]}); another model may suit"
     raise ParameterError("image_size", size, allowed)
 
 

@@ -52,9 +52,7 @@ def test_the_changes_are_named():
     changes = create("test_resnet", classes=2, image_size=64).changes
     assert create("vit_tiny_patch16_224", classes=2, image_size=28).changes == ("patch size 16 -> 7",)
     assert changes == tuple(f"stride of {name} 2 -> 1" for name in expected)
-    with pytest.raises(
-        ParameterError, match="invalid image_size=32: must suit inception_v3 with a heatmap grid of 4x4"
-    ):
+    with pytest.raises(ParameterError, match="invalid image_size=32: must give inception_v3 a heatmap grid of 4x4"):
         create("inception_v3", classes=2, image_size=32)
 
 
