@@ -369,8 +369,8 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch, home, decodes):
         with refused(r"^invalid PA_DATA='.*': must have room for the images, 0 MB, and 0 MB are free"):
             load(root)
     assert not decodes
-    name = cache._sha(["folder", os.path.realpath(root)])
-    (home / "cache" / "index" / f"{name}.part").symlink_to("/dev/full")
+    (lock,) = home.rglob("*.lock")
+    lock.with_suffix(".part").symlink_to("/dev/full")
     with refused(r"^invalid PA_DATA='.*': .* that can be written \(No space left on device\)"):
         load(root)
     assert not list(home.rglob("*.npy")) and not list(home.rglob("*.part"))

@@ -1,4 +1,4 @@
-"""The sets of torchvision: its own loading code on small files in the real formats, and downloads from a server here."""
+"""The sets of torchvision: its own loading code on small files in the real formats; downloads from a server here."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def load(
     """
     origin, found, pixels = _find(dataset, data_dir, bad_images, image_size)
     labels = np.array(found.labels, dtype=np.int64)
-    sizes = torch.tensor(found.sizes, dtype=torch.int64)
+    sizes = torch.tensor(found.sizes)
     rows = splits.split(
         rows=np.flatnonzero([not reason for reason in found.reasons]),
         labels=labels,
@@ -153,22 +153,24 @@ def load(
         seed=seed,
         train_fraction=train_fraction,
     )
-    ids = {name: tuple(found.ids[row] for row in part) for name, part in rows.items()}
-    dropped = ids.pop("dropped")
-    fields = {
-        name: {"ids": ids[name], "labels": torch.from_numpy(labels[part]), "sizes": sizes[part], "rows": part}
-        for name, part in rows.items()
-        if name != "dropped"
-    }
+
+    def part(name: str) -> Part:
+        chosen = rows[name]
+        ids, of_class = tuple(found.ids[row] for row in chosen), torch.from_numpy(labels[chosen])
+        return Part(name=name, ids=ids, labels=of_class, sizes=sizes[chosen], store=pixels, rows=chosen)
+
+    train, val, test = map(part, ("train", "val", "test"))
     return Dataset(
         name=dataset,
         classes=tuple(found.classes),
         image_size=pixels.shape[-1],
-        **{name: Part(name=name, store=pixels, **some) for name, some in fields.items()},
+        train=train,
+        val=val,
+        test=test,
         digest=_digest(found),
-        split_digest=_sha([[name, names] for name, names in ids.items()]),
+        split_digest=_sha([[some.name, some.ids] for some in (train, val, test)]),
         skipped=tuple(f"{name}: {reason}" for name, reason in zip(found.ids, found.reasons, strict=True) if reason),
-        dropped=dropped,
+        dropped=tuple(found.ids[row] for row in rows["dropped"]),
     )
 
 

@@ -68,7 +68,7 @@ def stored_size(path: str) -> tuple[int, int]:
 
 def content_digest(content: bytes | Image.Image) -> str:
     """SHA-256 (hex) of a file's bytes, or of an image's mode, size and pixels."""
-    if isinstance(content, Image.Image):
+    if not isinstance(content, bytes):
         content = f"{content.mode} {content.size} ".encode() + content.tobytes()
     return hashlib.sha256(content).hexdigest()
 

@@ -146,7 +146,7 @@ def _get(name: str, row: Row, root: Path) -> dict[str, Any]:
 
 def _download(row: Row, root: Path) -> dict[str, Any]:
     new = root / ".download"
-    if any(walk(root, root)):  # archives that lie there are unpacked, what is missing is fetched
+    if root.exists() and any(walk(root, root)):  # archives that lie there are unpacked, what is missing is fetched
         return _open(row, root, download=True)
     # torchvision takes half of an unpacked archive for all of it, so it unpacks elsewhere and the whole is moved.
     shutil.rmtree(new, ignore_errors=True)  # of a download that was killed
