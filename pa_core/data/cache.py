@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,13 +47,13 @@ class Catalogue:
     """What is known of the N images of a dataset, the broken ones too: unique ids, labels, official parts (``train``,
     ``val``, ``test``), digests (empty if unread), stored heights and widths, why one cannot be used (else empty)."""
 
-    classes: Sequence[str]
-    ids: Sequence[str]
-    labels: Sequence[int]
-    parts: Sequence[str]
-    digests: Sequence[str]
-    sizes: Sequence[tuple[int, int]]
-    reasons: Sequence[str]
+    classes: list[str]
+    ids: list[str]
+    labels: list[int]
+    parts: list[str]
+    digests: list[str]
+    sizes: list[tuple[int, int]]
+    reasons: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Source:
     folder: str
     origin: tuple[str, Any]
     state: Callable[[], str]
-    open: Callable[[], tuple[Sequence[str], int, Callable[[int], Entry]]]
+    open: Callable[[], tuple[list[str], int, Callable[[int], Entry]]]
     image_size: int | None = None
     ready: tuple[Catalogue, np.ndarray] | None = None
 
@@ -154,7 +154,7 @@ def _build(index: Path, source: Source, size: int | None) -> tuple[Catalogue, np
     # A file that could not be read just now is read again next time, and so are all.
     if all(digest or reason in (decode.MISSING, STRAY) for digest, reason in zip(digests, reasons, strict=True)):
         with files.replacing(index) as temporary:
-            temporary.write_text(json.dumps({"state": state, **asdict(catalogue)}))
+            temporary.write_text(json.dumps({"state": state, **vars(catalogue)}))
     return catalogue, np.asarray(np.load(path, mmap_mode="r"))
 
 

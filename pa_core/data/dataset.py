@@ -139,25 +139,13 @@ def load(
         ParameterError: there is no such dataset, or the images do not allow what is asked.
     """
     origin, found, pixels = _find(dataset, data_dir, bad_images, image_size)
-    labels = np.array(found.labels, dtype=np.int64)
-    sizes = torch.tensor(found.sizes)
-    rows = splits.split(
-        rows=np.flatnonzero([not reason for reason in found.reasons]),
-        labels=labels,
-        digests=found.digests,
-        parts=np.array(found.parts),
-        classes=found.classes,
-        origin=origin,
-        folds=folds,
-        fold=fold,
-        seed=seed,
-        train_fraction=train_fraction,
-    )
+    rows = splits.split(found, origin=origin, folds=folds, fold=fold, seed=seed, train_fraction=train_fraction)
+    labels, sizes = torch.tensor(found.labels), torch.tensor(found.sizes)
 
     def part(name: str) -> Part:
         chosen = rows[name]
-        ids, of_class = tuple(found.ids[row] for row in chosen), torch.from_numpy(labels[chosen])
-        return Part(name=name, ids=ids, labels=of_class, sizes=sizes[chosen], store=pixels, rows=chosen)
+        ids = tuple(found.ids[row] for row in chosen.tolist())
+        return Part(name=name, ids=ids, labels=labels[chosen], sizes=sizes[chosen], store=pixels, rows=chosen)
 
     train, val, test = map(part, ("train", "val", "test"))
     return Dataset(
@@ -170,7 +158,7 @@ def load(
         digest=_digest(found),
         split_digest=_sha([[some.name, some.ids] for some in (train, val, test)]),
         skipped=tuple(f"{name}: {reason}" for name, reason in zip(found.ids, found.reasons, strict=True) if reason),
-        dropped=tuple(found.ids[row] for row in rows["dropped"]),
+        dropped=tuple(found.ids[row] for row in rows["dropped"].tolist()),
     )
 
 

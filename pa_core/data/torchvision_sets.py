@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def find(name: str, root: Path) -> Source:
     )
 
 
-def _opened(name: str, row: Row, root: Path) -> tuple[Sequence[str], int, Callable[[int], Entry]]:
+def _opened(name: str, row: Row, root: Path) -> tuple[list[str], int, Callable[[int], Entry]]:
     parts = _get(name, row, root)
     where = [(part, number) for part, images in parts.items() for number in range(len(images))]
     some: Any = parts["train"]
@@ -114,9 +114,9 @@ def _opened(name: str, row: Row, root: Path) -> tuple[Sequence[str], int, Callab
         except Exception as error:  # torchvision raises whatever its formats do
             text = f"must be readable in {root} ({one_line(error)}), which needs {row.files}"
             raise ParameterError("dataset", name, text) from error
-        if isinstance(image, Image.Image) and getattr(image, "filename", ""):
+        if isinstance(image, Image.Image) and (path := getattr(image, "filename", "")):
             image.close()  # opened, not decoded yet
-            image = os.fspath(image.filename)
+            image = os.fspath(path)
         id_ = Path(image).relative_to(root).as_posix() if isinstance(image, str) else f"{number:05d}"
         return Entry(f"{part}/{id_}", image, int(label), part)
 
