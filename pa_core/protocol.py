@@ -22,81 +22,57 @@ do (params/study/c.yaml has both). What is not replayed:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pa_core import schedule
+from pa_core import proxy, schedule
+from pa_core.batch import Pool
 from pa_core.data import Part
-from pa_core.params import Experiment, ParameterError, derived_seed
-from pa_core.proxy import Overlay
-from pa_core.train import Source
+from pa_core.errors import ParameterError
+from pa_core.params import Experiment, derived_seed
+from pa_core.proxy import Step
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:
     """Where the images of a stage come from.
 
     Attributes:
-        training: an epoch draws :func:`draws` of them.
+        training: an epoch draws :func:`draws` of its entries.
         reported: those whose accuracy the predecessor reports; None under the clean protocol.
         candidates: int64, the positions of the training part that the stage's proxy step may choose from; None for all.
     """
 
-    training: Source
-    reported: Source | None = None
+    training: Pool
+    reported: Pool | None = None
     candidates: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Drawn:
-    """Some images of a source, as a source: ``positions``, int64 [n] on the CPU, of ``base``."""
-
-    base: Source
-    positions: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        return self.base.labels[self.positions]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.base.shape
-
-    @property
-    def resident(self) -> torch.device | None:
-        return self.base.resident
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def read(self, index: Tensor) -> Tensor:
-        return self.base.read(self.positions.to(index.device)[index])
-
-
-def stage(part: Part, experiment: Experiment, *, number: int, steps: list[Path]) -> Stage:
-    """What a stage trains on; it follows from seed, number and proxies alone, so that a resumed run finds it again.
+def stage(part: Part, experiment: Experiment, *, number: int, steps: Sequence[Step]) -> Stage:
+    """What a stage trains on; it follows from seed, number and maps alone, so that a resumed run finds it again.
 
     Args:
         part: the training part.
-        number: of the stage, as `schedule.stages` counts.
-        steps: directories of the proxy steps made so far, the earliest first.
+        number: of the stage, as `schedule.parse` counts.
+        steps: the proxy steps whose maps are kept, the earliest first.
     """
     e = experiment
     if e.protocol == "clean":
-        return Stage(training=Overlay(part, mode=e.overlay, steps=steps[-1:] if e.keep_proxies == "last" else steps))
+        return Stage(training=proxy.pool(part, e, steps))
     if e.protocol == "thesis":
-        reads_proxies = schedule.parse(e.schedule)[number] == schedule.PROXY
-        pool = validated = Overlay(part, mode="append", steps=steps if reads_proxies else [])
+        events = schedule.parse(e.schedule, p_trains=True)
+        reads = any(event.kind == schedule.PROXY and event.stage == number for event in events)
+        pool = reported_from = proxy.pool(part, e, steps if reads else [])
     else:
-        pool, validated = Overlay(part, mode="replace", steps=steps), part
+        pool, reported_from = proxy.pool(part, e, steps), Pool.of(part)
     seed = derived_seed(e.seed, "halves", number)
     training, reported = halves(pool.labels, count=_count(len(part), e), seed=seed)
     return Stage(
-        training=Drawn(base=pool, positions=training),
-        reported=Drawn(base=validated, positions=reported),
+        training=pool.take(training),
+        reported=reported_from.take(reported),
         candidates=training[training < len(part)],
     )
 

@@ -1,0 +1,109 @@
+"""Values as papermill, YAML or a DataFrame hand them over -> values as an experiment keeps them: types for its fields.
+
+Each function runs before pydantic's own coercion and raises ValueError, whose text says what the value must be.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le
+from pydantic import BeforeValidator
+
+from pa_core.errors import did_you_mean
+from pa_core.schedule import ScheduleError, normal
+
+AUGMENTATIONS = ("flip", "rotate", "crop", "erase", "cutmix", "mixup")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt")
+
+
+def _text(value: Any) -> Any:
+    """A folder called 101 arrives from the command line as a number."""
+    plain = isinstance(value, (str, int, float, os.PathLike)) and not isinstance(value, bool)
+    if not plain or not str(value).strip():
+        raise ValueError("must be a text that is not empty")
+    return str(value).strip()
+
+
+def _none(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+def _lower(value: Any) -> Any:
+    return "none" if value is None else value.strip().lower() if isinstance(value, str) else value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _pretrained(value: Any) -> bool | str:
+    text = str(value).strip()
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if Path(text).suffix.lower() in WEIGHT_FILES:
+        return text
+    raise ValueError("must be true, false, or the path of a weights file (.safetensors, .pth or .pt)")
+
+
+def _schedule(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        raise ValueError("must be a text such as 5,p,5: quote it where YAML would take it apart")
+    number = isinstance(value, float) and value.is_integer()
+    try:
+        return normal("" if value is None else str(int(value) if number else value))
+    except ScheduleError as error:
+        raise ValueError(str(error)) from None
+
+
+def _augment(value: Any) -> str:
+    names = list(value) if isinstance(value, (list, tuple)) else str("none" if value is None else value).split(",")
+    names = [str(name).strip().lower() for name in names]
+    if names == ["none"]:
+        return "none"
+    allowed = f"must be none, or any of {', '.join(AUGMENTATIONS)} with commas between them"
+    for name in names:
+        if name not in AUGMENTATIONS or names.count(name) > 1:
+            raise ValueError(f"{allowed}{did_you_mean(name, AUGMENTATIONS) if name not in AUGMENTATIONS else ''}")
+    return ",".join(name for name in AUGMENTATIONS if name in names)
+
+
+def _batch_size(value: Any) -> Any:
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return "auto"
+    text = str(value).strip().removesuffix(".0")
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ValueError("must be a whole number of at least 1, or auto")
+    return int(text)
+
+
+def _device(value: Any) -> str:
+    text = str(value).strip().lower()
+    kind, colon, number = text.partition(":")
+    if text in ("auto", "cpu", "cuda", "mps") or (kind == "cuda" and colon and number.isdigit()):
+        return text
+    raise ValueError("must be one of auto, cpu, cuda, cuda:N, mps")
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+OptionalText = Annotated[
+    str | None, BeforeValidator(lambda value: value if value is None else _text(value)), BeforeValidator(_none)
+]
+Name = Annotated[str, BeforeValidator(_lower), BeforeValidator(_text)]
+Flag = Annotated[bool, BeforeValidator(_lower)]
+Pretrained = Annotated[bool | str, BeforeValidator(_pretrained)]
+Schedule = Annotated[str, BeforeValidator(_schedule)]
+Augment = Annotated[str, BeforeValidator(_augment)]
+BatchSize = Annotated[int | str, BeforeValidator(_batch_size)]
+Device = Annotated[str, BeforeValidator(_device)]
+LOWER = BeforeValidator(_lower)
+"""Before a Literal: upper and lower case are the same, and YAML's null is the text none."""
+NUMBER = BeforeValidator(_number)
+"""Before a number: True and False are none."""
+OPTIONAL = BeforeValidator(_none)
+Share = Annotated[float, Gt(0), Le(1), NUMBER]
+Probability = Annotated[float, Ge(0), Le(1), NUMBER]
