@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pa_core import data, device, files, metrics, models, protocol, runs, schedule, train
@@ -27,12 +25,12 @@ from pa_core.errors import ParameterError, RunError
 from pa_core.files import shown
 from pa_core.params import SCHEMA, Experiment, derived_seed
 from pa_core.prepare import Prepared, file_digest, find, load_data, locate, prepare
-from pa_core.proxy import Record, Step, proxy_step
+from pa_core.proxy import Step, proxy_step
 from pa_core.runs import Run
 from pa_core.schedule import Event
 
 Log = Callable[[str], None]
-__all__ = ["EVENTS", "Prepared", "Walk", "find", "load_data", "locate", "prepare", "predictions", "run", "say"]
+__all__ = ["EVENTS", "Prepared", "Walk", "find", "load_data", "locate", "prepare", "run", "say"]
 
 
 def say(text: str) -> None:
@@ -44,7 +42,7 @@ def say(text: str) -> None:
 
 
 def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
-    """Train as the schedule says, or continue where a run with the same identity stopped, or return it if it is finished.
+    """Train as the schedule says, or continue where such a run stopped, or return it if it is finished.
 
     Args:
         experiment: or what :func:`prepare` made of it, which is left as it is.
@@ -62,8 +60,7 @@ def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
     with (
         files.lock(path / "lock", waiting, log),
         torch.random.fork_rng(),
-        _threads(Run(path).manifest.get("threads")),
-        device.numerics(e),
+        device.numerics(e, threads=Run(path).manifest.get("threads")),
     ):
         if Run(path).finished:
             runs.remove_checkpoint(path)  # of a process killed between the two
@@ -93,17 +90,6 @@ def _make_folder(path: Path, runs_dir: str) -> None:
         raise ParameterError("runs_dir", runs_dir, allowed) from error
 
 
-@contextmanager
-def _threads(recorded: int | None) -> Iterator[None]:
-    """Continue with the thread count the run began with: the sums of a float depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(recorded or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(kw_only=True)
 class Walk:
     """A run under way.
@@ -122,7 +108,7 @@ class Walk:
     log: Log
     position: int = 0
     steps: dict[int, Step] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -147,8 +133,7 @@ class Walk:
 
     def checkpoint(self) -> dict[str, Any]:
         """All that is needed to go on; the maps in use are named, they are files of the run already."""
-        records = [record.to_dict() for record in self.records]
-        kept = {"position": self.position, "steps": list(self.steps), "records": records, "metrics": self.rows}
+        kept = {"position": self.position, "steps": list(self.steps), "records": self.records, "metrics": self.rows}
         return {"state": self.state.state_dict(), **kept}
 
 
@@ -176,7 +161,7 @@ def _begin(prepared: Prepared, log: Log) -> Walk:
     else:
         _continue(walk, checkpoint)
         manifest["resumed"] = [*manifest.get("resumed", []), {"epoch": state.epoch, "time": runs.now()}]
-    runs.restore_metrics(path, walk.rows)
+    runs.write_metrics(path, walk.rows)
     compiled = _compile(walk) if e.compile else None
     files.write_json(path / "manifest.json", {**manifest, "status": runs.RUNNING, "error": None, "compile": compiled})
     return walk
@@ -185,7 +170,7 @@ def _begin(prepared: Prepared, log: Log) -> Walk:
 def _continue(walk: Walk, checkpoint: dict[str, Any]) -> None:
     walk.state.load_state_dict(checkpoint["state"])
     walk.position, walk.rows = checkpoint["position"], checkpoint["metrics"]
-    walk.records = [Record(**record) for record in checkpoint["records"]]
+    walk.records = checkpoint["records"]
     walk.steps = {number: _load_step(walk, number) for number in checkpoint["steps"]}
     walk.log(f"continuing {walk.path.name} after epoch {walk.state.epoch}")
 
@@ -195,11 +180,8 @@ def _load_step(walk: Walk, number: int) -> Step:
 
 
 def _check_resume(prepared: Prepared, manifest: dict[str, Any]) -> None:
-    expected = {
-        "digest": prepared.digest,
-        "split_digest": prepared.dataset.split_digest,
-        "precision": str(prepared.dtype).removeprefix("torch."),
-    }
+    """Digest and code version are in the directory's name; the precision may follow from the machine."""
+    expected = {"split_digest": prepared.dataset.split_digest, "precision": prepared.precision}
     for name, here in expected.items():
         if manifest.get(name) != here:
             was = manifest.get(name)
@@ -243,14 +225,13 @@ def _new_manifest(walk: Walk) -> dict[str, Any]:
         "effective": e.effective(),
         "started": runs.now(),
         "command": e.command("03_proxy_loop" if schedule.steps(e.schedule) else "02_training"),
-        "process": runs.process(),
         "git_commit": runs.git_commit(),
         "versions": runs.versions(),
         "device": str(prepared.device),
         "device_name": runs.device_name(prepared.device),
         "images_on_device": walk.part.resident is not None,
         "threads": torch.get_num_threads(),
-        "precision": str(prepared.dtype).removeprefix("torch."),
+        "precision": prepared.precision,
         "batch_size": walk.batch_size,
         "data_digest": dataset.digest,
         "weights_digest": file_digest(e.pretrained),
@@ -301,7 +282,7 @@ def epoch(walk: Walk, event: Event) -> None:
     if stage.reported is not None:
         row["reported_accuracy"] = _evaluate(walk, stage.reported, proxies=True).accuracy
     walk.rows.append(row)
-    runs.append_metrics(walk.path, row)
+    runs.write_metrics(walk.path, walk.rows)
     for name, value in row.items():
         if name not in ("epoch", "stage"):
             walk.board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
@@ -332,7 +313,6 @@ def proxy(walk: Walk, event: Event) -> None:
         walk.part,
         e,
         step=number,
-        epoch=walk.state.epoch,
         directory=Run(walk.path).step(number),
         candidates=walk.stage(event.stage).candidates,
         device=walk.state.device,
@@ -341,12 +321,12 @@ def proxy(walk: Walk, event: Event) -> None:
     )
     walk.records.append(record)
     walk.steps = {**(walk.steps if e.keeps_all_proxies else {}), number: _load_step(walk, number)}
-    fewer = f" ({record.asked} asked for, no more qualify)" if record.images < record.asked else ""
-    done = f"{record.masked_share:.1%} masked, {record.unchanged} unchanged, " if e.masks else ""
-    walk.log(
-        f"proxy step {number}: {record.images} of {len(walk.part)} images{fewer} by {e.select}, {e.xai}, fill {e.fill}, "
-        f"{done}{record.seconds:.1f} s" + (f"; {record.blank} maps say nothing (constant)" if record.blank else "")
-    )
+    fewer = f" ({record['asked']} asked for, no more qualify)" if record["images"] < record["asked"] else ""
+    how = ", ".join([e.select, *[e.xai] * e.explains, *[f"fill {e.fill}"] * e.masks])
+    done = f"{record['masked_share']:.1%} masked, {record['unchanged']} unchanged, " if e.masks else ""
+    blank = f"; {record['blank']} maps say nothing (constant)" if record["blank"] else ""
+    log = f"proxy step {number}: {record['images']} of {len(walk.part)} images{fewer} by {how}, {done}"
+    walk.log(f"{log}{record['seconds']:.1f} s{blank}")
 
 
 def clear(walk: Walk, event: Event) -> None:
@@ -390,7 +370,7 @@ def _finish(walk: Walk) -> None:
     if not math.isfinite(tested.loss):
         raise train.NonFiniteLoss(f"the test loss is not finite after epoch {walk.state.epoch}; a lower lr may help")
     predicted = tested.logits.argmax(1).numpy()
-    runs.write_csv(path / "predictions.csv", predictions(tested.logits, dataset.test, dataset.classes))
+    runs.write_csv(path / "predictions.csv", metrics.predictions(tested.logits, dataset.test, dataset.classes))
     runs.write_csv(path / "classes.csv", metrics.per_class(dataset.test.labels.numpy(), predicted, dataset.classes))
     runs.save_weights(path, walk.state.model.network)
     summary = _summary(walk, metrics.summarise(tested.logits, dataset.test.labels))
@@ -407,22 +387,10 @@ def _finish(walk: Walk) -> None:
     )
 
 
-def predictions(logits: Tensor, part: data.Part, classes: tuple[str, ...]) -> pd.DataFrame:
-    """Per image: id, label, predicted, confidence (probability of the predicted class, [0, 1])."""
-    confidence, predicted = logits.softmax(1).max(1)
-    return pd.DataFrame(
-        {
-            "id": list(part.ids),
-            "label": [classes[i] for i in part.labels.tolist()],
-            "predicted": [classes[i] for i in predicted.tolist()],
-            "confidence": confidence.numpy().round(6),
-        }
-    )
-
-
 def _summary(walk: Walk, tested: dict[str, float]) -> dict[str, Any]:
     rows, records, dataset = walk.rows, walk.records, walk.prepared.dataset
-    made = sum(record.images for record in records)
+    made = sum(record["images"] for record in records)
+    total = {name: sum(record[name] for record in records) for name in ("unchanged", "blank", "seconds")}
     named = {"accuracy": "test_accuracy", "loss": "test_loss"}
     reported = {name: value for name, value in rows[-1].items() if name == "reported_accuracy"}
     return {
@@ -435,10 +403,10 @@ def _summary(walk: Walk, tested: dict[str, float]) -> dict[str, Any]:
         "epochs": len(rows),
         "sparsity": models.sparsity(walk.state.model.network),
         "proxy_images": made,
-        "masked_share": sum(r.masked_share * r.images for r in records) / made if made else 0.0,
-        "unchanged_proxies": sum(record.unchanged for record in records),
-        "blank_maps": sum(record.blank for record in records),
-        "proxy_seconds": sum(record.seconds for record in records),
+        "masked_share": sum(r["masked_share"] * r["images"] for r in records) / made if made else 0.0,
+        "unchanged_proxies": total["unchanged"],
+        "blank_maps": total["blank"],
+        "proxy_seconds": total["seconds"],
         "train_seconds": sum(row["seconds"] for row in rows),
         **reported,
     }

@@ -13,6 +13,8 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, precision
 from torch import Tensor
 from torch.nn import functional as F
 
+from pa_core.data import Part
+
 
 def summarise(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Numbers of one part of the data: logits float32 [N, C], labels int64 [N], on the CPU.
@@ -44,3 +46,11 @@ def confusion(labels: Sequence[str], predicted: Sequence[str], classes: Sequence
     """Counts: a row per true class, a column per predicted one (scikit-learn)."""
     matrix = confusion_matrix(labels, predicted, labels=list(classes))
     return pd.DataFrame(matrix, index=pd.Index(classes, name="true"), columns=pd.Index(classes, name="predicted"))
+
+
+def predictions(logits: Tensor, part: Part, classes: Sequence[str]) -> pd.DataFrame:
+    """Per image: id, label, predicted, confidence (probability of the predicted class, [0, 1])."""
+    confidence, predicted = logits.softmax(1).max(1)
+    names = {"label": part.labels, "predicted": predicted}
+    named = {column: [classes[i] for i in numbers.tolist()] for column, numbers in names.items()}
+    return pd.DataFrame({"id": list(part.ids), **named, "confidence": confidence.numpy().round(6)})

@@ -36,6 +36,11 @@ class Prepared:
     digest: str
     path: Path
 
+    @property
+    def precision(self) -> str:
+        """The name of ``dtype``."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def load_data(experiment: Experiment) -> data.Dataset:
     """The experiment's dataset, split."""

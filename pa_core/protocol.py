@@ -2,22 +2,23 @@
 
 ``clean``: the training part under its proxies, the same in every stage.
 
-``thesis``: what the predecessor's published code does, to see what its numbers are made of. Every stage, ``p`` included, draws a
-share (``train_fraction``) of the images and halves them, stratified, while the weights carry over: it trains on one half, and the
-accuracy on the other is what it reports. ``p`` trains for an epoch, too; at its end a fraction of the images of its training half
-that the network gets wrong, in random order, become proxies. Those lie beside their originals from then on, but only a ``p``
-stage reads them, so that the stages between train on none. ``thesis_text`` differs in the proxies alone: as the text has it,
-every stage after ``p`` trains on them in the place of their originals; the half that is reported on has originals.
+``thesis``: what the predecessor's published code does, to see what its numbers are made of. Every stage, ``p``
+included, draws a share (``train_fraction``) of the images and halves them, stratified, while the weights carry over:
+it trains on one half, and the accuracy on the other is what it reports. ``p`` trains for an epoch, too; at its end a
+fraction of the images of its training half that the network gets wrong, in random order, become proxies. Those lie
+beside their originals from then on, but only a ``p`` stage reads them, so that the stages between train on none.
+``thesis_text`` differs in the proxies alone: as the text has it, every stage after ``p`` trains on them in the place
+of their originals; the half that is reported on has originals.
 
-Here the draws are seeded, and only the training part is drawn from: test images and this package's own validation images are
-never trained on, whatever the protocol. The protocol says nothing of the learning rate, which stays at 8e-5 there: `lr` and `scheduler`
-do (params/study/c.yaml has both). What is not replayed:
+Here the draws are seeded, and only the training part is drawn from: test images and this package's own validation
+images are never trained on. The protocol says nothing of the learning rate, which stays at 8e-5 there: `lr` and
+`scheduler` do. What is not replayed:
 
-- the predecessor's wrong images are those of the forward passes during the epoch, here of one pass after it; its proxies are made of
-  their random crops, and a proxy that is wrong again is masked again, here only originals are;
-- its p stages grow with the proxies where the subset has room for them, and its numbered stages shrink by those that were drawn and
-  dropped; here every stage has as many images;
-- it crops and resizes at random, with a weight decay of 1e-5; here `augment` and `weight_decay` are what the run says.
+- the predecessor's wrong images are those of the forward passes during the epoch, here of one pass after it; its
+  proxies are made of their random crops, and a proxy that is wrong again is masked again, here only originals are;
+- its p stages grow with the proxies where the subset has room for them, and its numbered stages shrink by those that
+  were drawn and dropped; here every stage has as many images;
+- it crops and resizes at random, with a weight decay of 1e-5; here `augment` and `weight_decay` say.
 """
 
 from __future__ import annotations

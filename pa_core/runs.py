@@ -6,12 +6,12 @@
     classes.csv          per class on the test images: precision, recall, F1, support
     predictions.csv      per test image: id, label, predicted, confidence
     checkpoint.pt        while it trains; weights.safetensors once it is done
-    proxies/step_1/      what the proxy step made: maps.npy, positions.npy, proxies.csv, and its first proxies, proxies.png
+    proxies/step_1/      of the proxy step: maps.npy, positions.npy, proxies.csv, and the first proxies as proxies.png
     tensorboard/
 
-Every file but the metrics is replaced as a whole, so that a reader or a killed process finds the old one or the new one.
-The directory's name holds the run's digest and the code version: a run that other code made is never found in its place,
-and made anew beside it.
+Every file is replaced as a whole, so that a reader or a killed process finds the old or the new one. The directory's
+name holds the run's digest and the code version: a run that other code made is never found in its place, and made anew
+beside it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ import json
 import os
 import pickle
 import platform
-import struct
 import subprocess
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -35,37 +33,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
 from pa_core import models
 from pa_core.errors import RunError
-from pa_core.files import home, read_json, replacing, shown, write_json, writing
+from pa_core.files import home, read_json, replacing, shown, write_json
 from pa_core.params import SCHEMA, Experiment
 
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's directory, read on demand.
-
-    Attributes:
-        path: the directory.
-    """
+    """One run's directory, read on demand."""
 
     path: Path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Run:
-        """Open an existing run.
-
-        Raises:
-            RunError: there is no manifest in the directory.
-        """
+        """Open an existing run; RunError where there is no manifest in the directory."""
         run = cls(Path(path))
         if not (run.path / "manifest.json").is_file():
             raise RunError(f"{path} is no run directory: it has no manifest.json")
@@ -91,8 +79,12 @@ class Run:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """A row per epoch."""
-        return pd.DataFrame(read_metrics(self.path))
+        """A row per epoch; RunError where the file is damaged."""
+        file = self.path / "metrics.jsonl"
+        try:
+            return pd.DataFrame([json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else [])
+        except ValueError as error:
+            raise RunError(f"{shown(file)} is damaged ({error})") from error
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -118,15 +110,10 @@ class Run:
         return pd.read_csv(self.step(step) / "proxies.csv", dtype={"id": str}, keep_default_na=False)
 
     def model(self, device: str | torch.device = "cpu") -> models.Classifier:
-        """The trained classifier of a finished run, in eval mode.
-
-        Raises:
-            RunError: the run is not finished.
-        """
-        path = self.path / "weights.safetensors"
+        """The trained classifier of a finished run, in eval mode; RunError where it has not finished."""
+        path, e, manifest = self.path / "weights.safetensors", self.experiment, self.manifest
         if not path.is_file():
-            raise RunError(f"{self.path} holds no weights: its status is {self.manifest.get('status')}")
-        e, manifest = self.experiment, self.manifest
+            raise RunError(f"{self.path} holds no weights: its status is {manifest.get('status')}")
         size, classes = manifest["image_size"], len(manifest["classes"])
         model = models.create(e.model, classes=classes, image_size=size, cam_layer=e.cam_layer)
         model.network.load_state_dict(load_file(path))
@@ -145,67 +132,33 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False)
 
 
-def update_manifest(path: Path, **changes: Any) -> None:
-    write_json(path / "manifest.json", Run(path).manifest | changes)
-
-
-# Metrics: a line per epoch, appended; on resume written anew as the checkpoint has them
-
-
-def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    with writing(path / "metrics.jsonl"), open(path / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl. A last line without its end, from a process killed while writing, is left out.
-
-    Raises:
-        RunError: a line is damaged.
-    """
-    file = path / "metrics.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise RunError(f"{shown(file)} is damaged in line {number}") from None
-    return rows
-
-
-def restore_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Make metrics.jsonl hold the checkpoint's rows, whatever came after them or became of it."""
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
     with replacing(path / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# Checkpoint
+def update_manifest(path: Path, **changes: Any) -> None:
+    write_json(path / "manifest.json", Run(path).manifest | changes)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Raises RunError when it cannot be written; the one before is then as it was."""
     with replacing(path / "checkpoint.pt") as temporary:
         torch.save(state, temporary)
 
 
-def load_checkpoint(path: Path, log: Log = print) -> dict[str, Any] | None:
+def load_checkpoint(path: Path, log: Callable[[str], None] = print) -> dict[str, Any] | None:
     """The checkpoint, on the CPU, or None. One that is damaged is named and removed: the run starts over."""
     file = path / "checkpoint.pt"
     if not file.is_file():
         return None
-    broken = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, ValueError)
+    broken = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError)
     try:
         with zipfile.ZipFile(file) as archive:
-            bad = archive.testzip()  # torch.save writes checksums that torch.load does not compare
-        if bad is None:
+            damaged = archive.testzip()  # torch.save writes checksums that torch.load does not compare
+        if damaged is None:
             return torch.load(file, map_location="cpu", weights_only=True)
-        reason = f"the checksum of {bad} is wrong"
-    except (*broken, EOFError, KeyError, OSError) as error:
+        reason = f"the checksum of {damaged} is wrong"
+    except (*broken, OSError) as error:
         reason = " ".join(str(error).split()[:12]) or type(error).__name__
     log(f"{shown(file)} is damaged ({reason}); the run starts over")
     file.unlink()
@@ -222,21 +175,6 @@ def save_weights(path: Path, network: torch.nn.Module) -> None:
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     with replacing(path / "weights.safetensors") as temporary:
         save_file(tensors, temporary)
-
-
-# A proxy step's files
-
-
-def save_step(folder: Path, *, maps: np.ndarray, positions: np.ndarray, table: pd.DataFrame) -> None:
-    """Write maps float16 [K, h, w], positions int64 [K] and the table into an existing folder."""
-    np.save(folder / "maps.npy", maps)
-    np.save(folder / "positions.npy", positions)
-    table.to_csv(folder / "proxies.csv", index=False)
-
-
-def load_step(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(maps float16 [K, h, w], positions int64 [K]) of a stored proxy step."""
-    return np.load(folder / "maps.npy"), np.load(folder / "positions.npy")
 
 
 # Where a run came from
@@ -259,26 +197,19 @@ def _code(source: str) -> str:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            texts = [n for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
-            node.body = [n for n in body if n not in texts] or [ast.Pass()]  # pyright: ignore
+            kept = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+            node.body = kept or [ast.Pass()]  # pyright: ignore
     return ast.unparse(tree)
 
 
 @cache
 def git_commit() -> str | None:
     """The checkout's commit, with ``+`` when files differ from it; None outside a checkout."""
-    if not (home() / ".git").exists():
-        return None
+    words = ["git", "-C", str(home()), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        commit, changed = (
-            subprocess.run(
-                ["git", "-C", str(home()), *words], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet: provenance says None
         return None
-    return commit + ("+" if changed else "")
 
 
 def versions() -> dict[str, str]:
@@ -286,16 +217,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def process() -> str:
-    """How this process was started; a notebook's says little, so manifests also hold the command that repeats the run."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return device.type if device.type == "mps" else f"CPU {platform.machine()}"
+    cuda = device.type == "cuda"
+    return (
+        torch.cuda.get_device_name(device) if cuda else "mps" if device.type == "mps" else f"CPU {platform.machine()}"
+    )
