@@ -239,14 +239,32 @@ class Experiment(Parameters):
 
 
 PROXY_PARAMETERS = frozenset(
-    "xai xai_target cam_layer smooth permute_maps select fraction keep_proxies mask_region threshold_mode threshold "
-    "max_share fill weight feather overlay copies proxy_probability".split()
+    [
+        "xai",
+        "xai_target",
+        "cam_layer",
+        "smooth",
+        "permute_maps",
+        "select",
+        "fraction",
+        "keep_proxies",
+        "mask_region",
+        "threshold_mode",
+        "threshold",
+        "max_share",
+        "fill",
+        "weight",
+        "feather",
+        "overlay",
+        "copies",
+        "proxy_probability",
+    ]
 )
 """Those that shape maps and proxies: without a proxy step they have no effect."""
-_MASK = frozenset("weight feather threshold threshold_mode max_share mask_region proxy_probability".split())
-_EXPLANATION = frozenset("xai xai_target cam_layer smooth permute_maps".split())
+_MASK = frozenset(["weight", "feather", "threshold", "threshold_mode", "max_share", "mask_region", "proxy_probability"])
+_EXPLANATION = frozenset(["xai", "xai_target", "cam_layer", "smooth", "permute_maps"])
 # Neither places nor what the data digest and the resolved image size, which enter the identity, say already
-_ELSEWHERE = frozenset("data_dir device runs_dir bad_images image_size".split())
+_ELSEWHERE = frozenset(["data_dir", "device", "runs_dir", "bad_images", "image_size"])
 
 
 def _without_effect(e: Experiment) -> set[str]:

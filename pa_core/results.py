@@ -38,10 +38,24 @@ MEASURED = (
     "train_seconds",
 )
 # What two runs may differ in and still be the same arm, or the plain and the scheduled run of one pair
-_PROXY_PARAMETERS = (
-    "xai xai_target cam_layer smooth schedule select fraction mask_region threshold_mode threshold max_share fill weight feather overlay "
-    "keep_proxies"
-).split()
+_PROXY_PARAMETERS = [
+    "xai",
+    "xai_target",
+    "cam_layer",
+    "smooth",
+    "schedule",
+    "select",
+    "fraction",
+    "mask_region",
+    "threshold_mode",
+    "threshold",
+    "max_share",
+    "fill",
+    "weight",
+    "feather",
+    "overlay",
+    "keep_proxies",
+]
 _PLACES = ["data_dir", "runs_dir", "device", "bad_images", "pretrained"]
 _DIGESTS = ("data_digest", "split_digest", "device_name")
 # What was made of a parameter that is auto or the dataset's own stands in its column
@@ -68,7 +82,7 @@ def load(runs_dir: str = "runs", *, epochs: bool = False) -> pd.DataFrame:
         UserWarning: a run is left out because a file of it is damaged; it is named.
     """
     home = runs_home(runs_dir)
-    frame = pd.DataFrame(_rows(home), columns=_COLUMNS).astype({name: float for name in MEASURED})
+    frame = pd.DataFrame(_rows(home), columns=_COLUMNS).astype(dict.fromkeys(MEASURED, float))
     frame.insert(frame.columns.get_loc("code_version"), "stale", frame.pop("code_version") != code_version())
     steps = {text: schedule.steps(text) for text in frame["schedule"].unique()}
     frame["proxy_steps"] = [steps[text] for text in frame["schedule"]]

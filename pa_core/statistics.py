@@ -29,9 +29,25 @@ ALPHA = 0.05
 TOO_FEW = "too few pairs"
 
 RUN_COLUMNS = ("study", "dataset", "model", "arm", "seed", "metric", "value", "digest")
-COLUMNS = (
-    "study dataset model arm metric n mean sd difference low high p_value against declared p_holm p_superior verdict"
-).split()
+COLUMNS = [
+    "study",
+    "dataset",
+    "model",
+    "arm",
+    "metric",
+    "n",
+    "mean",
+    "sd",
+    "difference",
+    "low",
+    "high",
+    "p_value",
+    "against",
+    "declared",
+    "p_holm",
+    "p_superior",
+    "verdict",
+]
 
 
 # Of one list of paired differences
@@ -283,4 +299,7 @@ def decompose(runs: pd.DataFrame, parts: Sequence[Mapping[str, str]]) -> pd.Data
                     "honest": honest,
                 }
                 rows.append(common | {"component": name, "n": len(v), "mean": mean, "low": low, "high": high})
-    return pd.DataFrame(rows, columns="study dataset model arm unmasked honest component n mean low high".split())
+    return pd.DataFrame(
+        rows,
+        columns=["study", "dataset", "model", "arm", "unmasked", "honest", "component", "n", "mean", "low", "high"],
+    )
