@@ -103,7 +103,7 @@ CHECKS := $(patsubst %,tests/test_%.py,setup golden params schedule masking sele
 # The same metadata in every committed notebook, whatever made it; prints that follow one another are one output.
 TIDY = --CoalesceStreamsPreprocessor.enabled=True --ClearMetadataPreprocessor.enabled=True \
     --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags \
-    --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
+    "--ClearMetadataPreprocessor.preserve_nb_metadata_mask={'kernelspec', ('language_info', 'name')}"
 
 # The notebooks get a runs folder of their own, so that every run in them is really made.
 test: setup
