@@ -9,8 +9,8 @@ from torch import nn
 
 from pa_core import attribution
 from pa_core.attribution import METHODS, heatmaps
+from pa_core.errors import ParameterError
 from pa_core.models import Cam, create
-from pa_core.params import ParameterError
 
 SIZE = 32
 FAMILIES = {
