@@ -1,7 +1,4 @@
-"""DataFrames and tensors -> figures, each saved with the data behind it and where that came from.
-
-Figures are plain ``matplotlib.figure.Figure`` objects: nothing here touches pyplot's global state.
-"""
+"""DataFrames and tensors -> matplotlib figures and what was drawn, saved with where it came from; pyplot is not used."""
 
 from __future__ import annotations
 
@@ -17,51 +14,47 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from pa_core import masking, runs
-from pa_core.data import Dataset, Part, augment
-from pa_core.experiment import Comparison
-from pa_core.params import ParameterError, derived_seed, home
+from pa_core import batch, masking, runs
+from pa_core.augment import Generators
+from pa_core.data import Dataset, Part
+from pa_core.errors import ParameterError
+from pa_core.files import home
+from pa_core.lab.results import usable
+from pa_core.lab.statistics import COMPONENTS, MARGIN, WITHIN_MARGIN
+from pa_core.params import FILLS, Experiment
 from pa_core.proxy import Proxies
 from pa_core.runs import Run
-from pa_core.statistics import MARGIN
+from pa_core.selection import Scores
 
-# Okabe & Ito 2008: told apart with any colour vision
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#888888"
-COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#000000")
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "figure.dpi": 110,
-    "savefig.dpi": 160,
-    "svg.hashsalt": "pa",  # the same figure gives the same file
-    "svg.fonttype": "none",
-}
+Drawn = tuple[Figure, pd.DataFrame]
 
-
+# One colour per meaning; Okabe & Ito 2008: told apart with any colour vision
+PLAIN, PROXIED, WRONG, NEUTRAL, DECLARED = "#0072B2", "#E69F00", "#D55E00", "#888888", "#000000"
+OTHERS = ("#009E73", "#CC79A7", "#56B4E9")
+PARTS = {"train": "#444444", "val": "#888888", "test": "#CCCCCC"}
+COMPONENT_COLOURS = dict(zip(COMPONENTS, ("#CC79A7", "#CCCCCC", "#56B4E9", PROXIED, "#444444"), strict=True))
+BAND: dict[str, Any] = {"color": NEUTRAL, "alpha": 0.2, "lw": 0}
+STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 160, "svg.fonttype": "none"}
+STYLE |= {"svg.hashsalt": "pa"}  # the same figure gives the same file
 styled = matplotlib.rc_context(STYLE)
 """Decorator: text and axes get the style that holds when they are made."""
 
 
 def figures_home(figures_dir: str = "figures/quick") -> Path:
-    """Where figures go. The default lies in the repository, whatever the working directory; others are taken from there."""
+    """Where figures go: the default lies in the repository, whatever the working directory."""
     path = Path(figures_dir).expanduser()
     return home() / path if figures_dir == "figures/quick" else path.absolute()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Album:
-    """Where a notebook saves its figures, and the command that draws them again.
-
-    Attributes:
-        figures_dir: see :func:`figures_home`.
-        command: kept in every figure's provenance.
-    """
+    """Where a notebook saves its figures, and the command that draws them again, kept in each figure's provenance."""
 
     figures_dir: str = "figures/quick"
     command: str
@@ -70,54 +63,33 @@ class Album:
         try:
             figures_home(self.figures_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            allowed = f"no folder can be made there ({error.strerror}); allowed is a folder that can be written"
+            allowed = f"must be a folder that can be written ({error.strerror})"
             raise ParameterError("figures_dir", self.figures_dir, allowed) from error
 
     @styled
     def save(
         self, figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run | None] = (), made_from: str = ""
     ) -> Path:
-        """Write NAME.png, NAME.svg, NAME.csv (what was drawn) and NAME.json (which runs, code and command it came from).
+        """Write NAME.png, NAME.svg, NAME.csv (what was drawn) and NAME.json (from which runs, code and command).
 
-        Args:
-            used: the runs.
-            made_from: where the data come from, if not from runs that are at hand.
-
-        Returns:
-            The path of the png.
+        ``made_from`` says where the data come from if not from runs that are at hand. Gives the path of the png.
         """
-        folder = figures_home(self.figures_dir)
-        figure.savefig(folder / f"{name}.png", bbox_inches="tight", metadata={"Software": None})
-        figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-        table.to_csv(folder / f"{name}.csv", index=False)
+        path = figures_home(self.figures_dir) / name
+        figure.savefig(path.with_suffix(".png"), bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+        table.to_csv(path.with_suffix(".csv"), index=False)
+        manifests = {run.path.name: run.manifest for run in used if run is not None}
         provenance = {
             "figure": name,
-            "runs": [_origin(run) for run in used if run is not None],
+            "runs": [{"run": k} | {n: m.get(n) for n in ("digest", "code_version")} for k, m in manifests.items()],
             **({"made_from": made_from} if made_from else {}),
+            "code_versions": sorted({str(m.get("code_version")) for m in manifests.values()} or {runs.code_version()}),
             "git_commit": runs.git_commit(),
-            "code_version": runs.code_version(),
             "command": self.command,
             "made": runs.now(),
         }
-        (folder / f"{name}.json").write_text(json.dumps(provenance, indent=2) + "\n")
-        return folder / f"{name}.png"
-
-
-def saved(figures_dir: str = "figures/quick") -> pd.DataFrame:
-    """The figures in a folder: name, number of rows behind it, when it was made."""
-    rows = []
-    for file in sorted(figures_home(figures_dir).glob("*.json")):
-        if not file.with_suffix(".csv").is_file():
-            continue
-        content = json.loads(file.read_text())
-        lines = len(pd.read_csv(file.with_suffix(".csv")))
-        rows.append({"figure": content["figure"], "rows": lines, "runs": len(content["runs"]), "made": content["made"]})
-    return pd.DataFrame(rows, columns=["figure", "rows", "runs", "made"])
-
-
-def _origin(run: Run) -> dict[str, Any]:
-    manifest = run.manifest
-    return {"run": run.path.name} | {k: manifest.get(k) for k in ("digest", "code_version", "status")}
+        path.with_suffix(".json").write_text(json.dumps(provenance, indent=2) + "\n")
+        return path.with_suffix(".png")
 
 
 def _new(rows: int, columns: int, *, width: float, height: float, **keywords: Any) -> tuple[Figure, np.ndarray]:
@@ -125,538 +97,376 @@ def _new(rows: int, columns: int, *, width: float, height: float, **keywords: An
     return figure, figure.subplots(rows, columns, squeeze=False, **keywords)
 
 
-def _picture(ax: Axes, image: Tensor, title: str = "") -> None:
-    """uint8 [3, S, S] without ticks."""
-    ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-    ax.set_title(title, fontsize=8)
-    _bare(ax)
+def _empty(text: str, columns: Iterable[str]) -> Drawn:
+    """A figure that says why there is nothing to see, and a table without rows."""
+    figure, ((ax,),) = _new(1, 1, width=6, height=1.2)
+    ax.text(0.5, 0.5, text, ha="center", va="center", color=NEUTRAL, transform=ax.transAxes)
+    ax.set_axis_off()
+    return figure, pd.DataFrame(columns=list(columns))
 
 
-def _bare(ax: Axes) -> None:
-    ax.set_xticks([])
-    ax.set_yticks([])
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+def _grid(rows: Mapping[str, Sequence[tuple]], *, cell: tuple[float, float]) -> Figure:
+    """Label -> a row of pictures, each the arguments of :func:`_picture`; ``cell`` is the size of one in inches."""
+    columns = max(map(len, rows.values()))
+    figure, axes = _new(len(rows), columns, width=cell[0] * columns + 0.8, height=cell[1] * len(rows) + 0.3)
+    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(_short(name))
+        for ax in row:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        for ax, picture in zip(row, pictures, strict=False):
+            _picture(ax, *picture)
+    return figure
+
+
+def _picture(ax: Axes, image: Tensor, title: str = "", heatmap: Tensor | None = None, colour: str = "black") -> None:
+    """uint8 [3, S, S]; in grey under its map [S, S] where there is one."""
+    if heatmap is None:
+        ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    else:
+        ax.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        ax.imshow(heatmap.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
+    ax.set_title(title.replace("$", r"\$"), fontsize=8, color=colour)  # a dollar sign would begin a formula
 
 
 def _short(text: str, length: int = 16) -> str:
-    """Cut to length; a dollar sign would begin a formula."""
-    text = text if len(text) <= length else text[: length - 1] + "…"
-    return text.replace("$", r"\$")
+    return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
 
 
-# 01: data
+def _dot(colour: str, label: str, **keywords: Any) -> Line2D:
+    return Line2D([], [], ls="", marker="o", ms=5, color=colour, label=label, **keywords)
+
+
+def _note(ax: Axes, x: float, y: float, text: str) -> None:
+    ax.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
+
+
+def _key(figure: Figure, handles: Sequence[Any]) -> None:
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+
+
+def _difference(ax: Axes, place: float, row: Any, *, colour: str, upright: bool = False, hollow: bool = False) -> None:
+    """A difference and its interval, in points."""
+    line, at = [[place] * 2, [100 * row.low, 100 * row.high]], [[place], [100 * row.difference]]
+    line, at = (line, at) if upright else (line[::-1], at[::-1])
+    ax.plot(*line, color=colour, lw=1.5)
+    ax.plot(*at, marker="o", ms=4.5, color=colour, mfc="white" if hollow else colour)
 
 
 @styled
-def samples(dataset: Dataset, *, per_class: int = 8, most_classes: int = 10) -> tuple[Figure, pd.DataFrame]:
+def samples(dataset: Dataset, *, per_class: int = 8, most_classes: int = 10) -> Drawn:
     """The first training images of each class (of the first ``most_classes``), a row per class."""
-    part, rows = dataset.train, []
-    shown = list(dataset.classes)[:most_classes]
-    figure, axes = _new(len(shown), per_class, width=0.75 * per_class + 1.2, height=0.75 * len(shown) + 0.3)
-    for c, name in enumerate(shown):
+    part, rows, table = dataset.train, {}, []
+    for c, name in enumerate(list(dataset.classes)[:most_classes]):
         positions = (part.labels == c).nonzero().flatten()[:per_class]
-        for k in range(per_class):
-            _bare(axes[c, k])
-        for k, image in enumerate(part.read(positions)):
-            _picture(axes[c, k], image)
-            rows.append({"class": name, "id": part.ids[int(positions[k])]})
-        axes[c, 0].set_ylabel(_short(name), rotation=0, ha="right", va="center")
-    return figure, pd.DataFrame(rows)
-
-
-def balance_table(dataset: Dataset) -> pd.DataFrame:
-    """Images per class (rows) and part (train, val, test)."""
-    counts = {
-        part.name: torch.bincount(part.labels, minlength=len(dataset.classes)).numpy()
-        for part in (dataset.train, dataset.val, dataset.test)
-    }
-    return pd.DataFrame({"class": list(dataset.classes), **counts})
+        rows[name] = [(image,) for image in part.read(positions)]
+        table += [{"class": name, "id": part.ids[i]} for i in positions.tolist()]
+    return _grid(rows, cell=(0.8, 0.8)), pd.DataFrame(table)
 
 
 @styled
-def class_balance(dataset: Dataset) -> tuple[Figure, pd.DataFrame]:
+def class_balance(dataset: Dataset) -> Drawn:
     """Images per class and part, stacked; many classes are sorted by size and drawn without names."""
-    table = balance_table(dataset)
-    parts = [name for name in table.columns if name != "class"]
+    parts = (dataset.train, dataset.val, dataset.test)
+    counted = {part.name: torch.bincount(part.labels, minlength=len(dataset.classes)).numpy() for part in parts}
+    table = pd.DataFrame({"class": list(dataset.classes), **counted})
     many = len(table) > 40
     if many:
-        table = table.assign(all=table[parts].sum(1)).sort_values("all", ascending=False).drop(columns="all")
+        table = table.loc[table[list(counted)].sum(axis=1).sort_values(ascending=False, kind="stable").index]
     figure, ((ax,),) = _new(1, 1, width=7.5, height=3.2)
     bottom = np.zeros(len(table))
-    for name, colour in zip(parts, (BLUE, ORANGE, GREY), strict=True):
-        ax.bar(
-            np.arange(len(table)),
-            table[name],
-            bottom=bottom,
-            color=colour,
-            label=f"{name} ({table[name].sum():,})",
-            width=0.8,
-        )
-        bottom += table[name].to_numpy()
+    for name, counts in table[list(counted)].items():
+        label = f"{name} ({counts.sum():,})"
+        ax.bar(range(len(table)), counts, bottom=bottom, color=PARTS[str(name)], label=label, width=0.8)
+        bottom += counts.to_numpy()
     if many:
         ax.set_xlabel(f"{len(table)} classes, the largest first")
     else:
-        ax.set_xticks(np.arange(len(table)), [_short(c) for c in table["class"]], rotation=40, ha="right")
+        ax.set_xticks(range(len(table)), [_short(c) for c in table["class"]], rotation=40, ha="right")
     ax.set_ylabel("images")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure, table
 
 
 @styled
-def augmented(
-    dataset: Dataset, kinds: str, *, columns: int = 10, draws: int = 3, seed: int = 0
-) -> tuple[Figure, pd.DataFrame]:
-    """The first training images as they are, and below them some draws of the augmentation."""
-    originals = dataset.train.read(torch.arange(min(columns, len(dataset.train))))
-    generator = torch.Generator().manual_seed(derived_seed(seed, "shown"))
-    rows = [originals, *(augment(originals, kinds=kinds, generator=generator) for _ in range(draws))]
-    figure, axes = _new(draws + 1, len(originals), width=0.9 * len(originals) + 0.8, height=0.95 * (draws + 1))
-    for i, images in enumerate(rows):
-        for k, image in enumerate(images):
-            _picture(axes[i, k], image)
-        axes[i, 0].set_ylabel("original" if i == 0 else f"draw {i}")
-    table = [
-        {
-            "id": dataset.train.ids[k],
-            "draw": i,
-            "kinds": kinds,
-            "changed_pixels": float((a[k] != originals[k]).any(0).float().mean()),
-        }
-        for i, a in enumerate(rows[1:], 1)
-        for k in range(len(originals))
-    ]
-    return figure, pd.DataFrame(table)
-
-
-# 02, 03: training
+def augmented(dataset: Dataset, experiment: Experiment, *, columns: int = 10, draws: int = 3) -> Drawn:
+    """The first training images as they are, and below them as the network sees them in some epochs."""
+    part, index = dataset.train, torch.arange(min(columns, len(dataset.train)))
+    originals = part.read(index).cpu()
+    whole = {"labels": part.labels[index], "classes": len(dataset.classes), "pool": batch.Pool.of(part), "index": index}
+    rows, table = {"original": [(image,) for image in originals]}, []
+    for k in range(1, draws + 1):
+        drawn = batch.make(originals, experiment=experiment, draws=Generators(experiment.seed, k), **whole)
+        images = masking.to_uint8(drawn.images)
+        rows[f"draw {k}"] = [(image,) for image in images]
+        changed = (images != originals).any(1).float().mean((1, 2)).tolist()
+        table += [[part.ids[i], k, experiment.augment, share] for i, share in enumerate(changed)]
+    return _grid(rows, cell=(0.9, 0.95)), pd.DataFrame(table, columns=["id", "draw", "kinds", "changed_pixels"])
 
 
 @styled
-def curves(named: Mapping[str, Run]) -> tuple[Figure, pd.DataFrame]:
-    """Loss, accuracy and learning rate by epoch; a colour per run, dashed for training; grey lines at proxy steps."""
-    table = pd.concat([run.metrics.assign(run=name) for name, run in named.items()], ignore_index=True)
+def curves(named: Mapping[str, Run]) -> Drawn:
+    """Loss, accuracy and learning rate by epoch; a colour per run, dashed for training; dotted lines between stages."""
     figure, ((loss, accuracy, rate),) = _new(1, 3, width=10, height=3.1)
-    for (name, run), colour in zip(named.items(), COLOURS, strict=False):
-        m = run.metrics
-        loss.plot(m["epoch"], m["train_loss"], "--", color=colour, marker=".")
-        loss.plot(m["epoch"], m["val_loss"], color=colour, marker=".")
-        accuracy.plot(m["epoch"], m["train_accuracy"], "--", color=colour, marker=".")
-        accuracy.plot(m["epoch"], m["val_accuracy"], color=colour, marker=".", label=name)
+    others, tables = iter((PROXIED, *OTHERS)), []
+    for name, run in named.items():
+        m, colour = run.metrics, PLAIN if name == "plain" else next(others, NEUTRAL)
+        tables.append(m.assign(run=name))
+        for ax, measure in ((loss, "loss"), (accuracy, "accuracy")):
+            ax.plot(m["epoch"], m[f"train_{measure}"], "--", color=colour, marker=".")
+            ax.plot(m["epoch"], m[f"val_{measure}"], color=colour, marker=".", label=name)
         rate.plot(m["epoch"], m["lr"], color=colour, marker=".")
-        for epoch in m["epoch"][m["stage"].diff() > 0]:
-            for ax in (loss, accuracy, rate):
-                ax.axvline(epoch - 0.5, color=GREY, lw=0.8, ls=":")
+        for ax in (loss, accuracy, rate):
+            for epoch in m["epoch"][m["stage"].diff() > 0]:
+                ax.axvline(epoch - 0.5, color=NEUTRAL, lw=0.8, ls=":")
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     loss.set(title="loss (nats), training dashed", xlabel="epoch")
     accuracy.set(title="accuracy, training dashed", xlabel="epoch")
     rate.set(title="learning rate, end of epoch", xlabel="epoch")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    for ax in (loss, accuracy, rate):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(named), 4))
-    return figure, table
+    _key(figure, accuracy.get_legend_handles_labels()[0])
+    return figure, pd.concat(tables, ignore_index=True)
 
 
 @styled
-def worst(
-    part: Part, scores: Any, positions: Tensor, classes: Sequence[str], *, columns: int = 8
-) -> tuple[Figure, pd.DataFrame]:
+def worst(part: Part, scores: Scores, positions: Tensor, classes: Sequence[str], *, columns: int = 8) -> Drawn:
     """Images with what they are, what they were taken for, and the loss."""
-    count = len(positions)
-    if count == 0:
-        return _nothing("no image qualifies"), pd.DataFrame(columns=["id", "label", "predicted", "loss"])
-    rows = -(-count // columns)
-    figure, axes = _new(rows, columns, width=1.25 * columns, height=1.65 * rows)
-    for ax in axes.flat:
-        _bare(ax)
-    table = pd.DataFrame(
-        {
-            "id": [part.ids[i] for i in positions.tolist()],
-            "label": [classes[i] for i in part.labels[positions].tolist()],
-            "predicted": [classes[i] for i in scores.predicted[positions].tolist()],
-            "loss": scores.loss[positions].numpy(),
-        }
-    )
-    for ax, image, row in zip(axes.flat, part.read(positions), table.itertuples(), strict=False):
-        colour = RED if row.label != row.predicted else "black"
-        _picture(ax, image)
-        ax.set_title(
-            f"{_short(row.label, 14)}\n→ {_short(row.predicted, 14)}\nloss {row.loss:.1f}", fontsize=7, color=colour
-        )
-    return figure, table
-
-
-def _nothing(text: str) -> Figure:
-    """An empty figure that says why."""
-    figure, ((ax,),) = _new(1, 1, width=6, height=1.2)
-    ax.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=ax.transAxes)
-    _bare(ax)
-    return figure
+    if len(positions) == 0:
+        return _empty("no image qualifies", ["id", "label", "predicted", "loss"])
+    table = pd.DataFrame({"id": [part.ids[i] for i in positions.tolist()]})
+    for name, numbers in (("label", part.labels), ("predicted", scores.predicted)):
+        table[name] = [classes[i] for i in numbers[positions].tolist()]
+    table["loss"] = scores.loss[positions].numpy()
+    pictures = []
+    for image, row in zip(part.read(positions), table.itertuples(), strict=True):
+        title = f"{_short(str(row.label), 14)}\n→ {_short(str(row.predicted), 14)}\nloss {row.loss:.1f}"
+        pictures.append((image, title, None, WRONG if row.label != row.predicted else "black"))
+    rows = {" " * i: pictures[i : i + columns] for i in range(0, len(pictures), columns)}
+    return _grid(rows, cell=(1.25, 1.65)), table
 
 
 @styled
-def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
-    """A column per image: original, heatmap over it, what is masked, proxy."""
-    if made is None or len(made) == 0:
+def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> Drawn:
+    """A column per image: original, heatmap over it, what is masked, proxy. None where there was no proxy step."""
+    if made is None or len(made.images) == 0:
         text = "the schedule has no proxy step" if made is None else "the step selected no image"
-        return _nothing(text), pd.DataFrame(columns=["image", "masked_share", "changed_share"])
-    n = len(made)
-    names = ("original", "heatmap", "masked", "proxy")
-    figure, axes = _new(4, n, width=1.2 * n + 0.8, height=5.2)
-    grey = made.originals.float().mean(1)
-    for k in range(n):
-        _picture(axes[0, k], made.originals[k], titles[k].replace("$", r"\$") if k < len(titles) else "")
-        axes[1, k].imshow(grey[k].numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes[1, k].imshow(made.maps[k].numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
-        axes[2, k].imshow(made.mask[k].numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        _picture(axes[3, k], made.images[k])
-        for row in (1, 2):
-            _bare(axes[row, k])
-    for row, name in enumerate(names):
-        axes[row, 0].set_ylabel(name)
-    share = made.mask.flatten(1).float().mean(1).numpy()
-    changed = (made.images != made.originals).any(1).flatten(1).float().mean(1).numpy()
-    return figure, pd.DataFrame(
-        {
-            "image": [t.replace("\n", " ") for t in titles] or list(range(n)),
-            "masked_share": share,
-            "changed_share": changed,
-        }
-    )
-
-
-# 04: galleries
+        return _empty(text, ["image", "masked_share", "changed_share"])
+    titles = list(titles) or [str(k) for k in range(len(made.images))]
+    masks = made.mask.to(torch.uint8).mul(255).unsqueeze(1).expand(-1, 3, -1, -1)
+    overlaid = [(image, "", heatmap) for image, heatmap in zip(made.originals, made.maps, strict=True)]
+    originals = list(zip(made.originals, titles, strict=True))
+    rows = {"original": originals, "heatmap": overlaid, "masked": [(m,) for m in masks]}
+    rows["proxy"] = [(image,) for image in made.images]
+    changed = (made.images != made.originals).any(1)
+    table = {"image": [title.replace("\n", " ") for title in titles], "masked_share": made.mask.float().mean((1, 2))}
+    table["changed_share"] = changed.float().mean((1, 2))
+    return _grid(rows, cell=(1.2, 1.25)), pd.DataFrame(table)
 
 
 @styled
-def fills(
-    originals: Tensor,
-    maps: Tensor,
-    mask: Tensor,
-    *,
-    names: Sequence[str] = masking.FILLS,
-    weight: float = 1.0,
-    mask_region: str = "salient",
-) -> tuple[Figure, pd.DataFrame]:
-    """A row per image, a column per fill; the same heatmap and mask throughout. uint8 [n, 3, S, S].
+def fills(made: Proxies, *, mask_region: str = "salient") -> Drawn:
+    """A row per image, a column per fill; the same heatmap and mask throughout, and weight 1.
 
-    ``patch`` takes from the image above, the first row from the last; a proxy step takes from any training image.
+    ``patch`` takes from the image above, the first row from the last; in training it takes from the batch.
     """
-    images, rows = masking.to_float(originals), []
+    images, table, columns = masking.to_float(made.originals), [], ["image", "fill", "mean_change"]
     if len(images) == 0:
-        return _nothing("no image qualifies"), pd.DataFrame(columns=["image", "fill", "weight", "mean_change"])
-    figure, axes = _new(len(images), len(names) + 1, width=1.1 * (len(names) + 1), height=1.15 * len(images) + 0.3)
-    for i in range(len(images)):
-        _picture(axes[i, 0], originals[i], "original" if i == 0 else "")
-    for k, name in enumerate(names, 1):
-        how = {"fill": name, "weight": weight, "mask_region": mask_region, "donors": images.roll(1, 0)}
-        changed = masking.to_uint8(masking.apply(images, maps, mask, **how))
-        for i in range(len(images)):
-            _picture(axes[i, k], changed[i], name if i == 0 else "")
-            difference = (changed[i].float() - originals[i].float()).abs().mean() / 255
-            rows.append({"image": i, "fill": name, "weight": weight, "mean_change": float(difference)})
-    return figure, pd.DataFrame(rows)
+        return _empty("no image qualifies", columns)
+    rows = {f"image {i}": [(image, "" if i else "original")] for i, image in enumerate(made.originals)}
+    for fill in FILLS:
+        how = {"fill": fill, "mask_region": mask_region, "donors": images.roll(1, 0)}
+        changed = masking.apply(images, made.maps, made.mask, **how)
+        for i, image in enumerate(masking.to_uint8(changed)):
+            rows[f"image {i}"].append((image, "" if i else fill))
+            table.append([i, fill, float((changed[i] - images[i]).abs().mean())])
+    return _grid(rows, cell=(1.1, 1.15)), pd.DataFrame(table, columns=columns)
 
 
 @styled
-def threshold_by_weight(
-    originals: Tensor,
-    maps: Tensor,
-    *,
-    thresholds: Sequence[float] = (0.25, 0.5, 0.75, 0.9),
-    weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
-    fill: str = "mean",
-    threshold_mode: str = "quantile",
-    mask_region: str = "salient",
-) -> tuple[Figure, pd.DataFrame]:
-    """The first image of a batch: a row per threshold, a column per weight. uint8 [n, 3, S, S], maps [n, S, S].
-
-    ``patch`` takes from the last image of the batch.
-    """
-    if len(originals) == 0:
-        return _nothing("no image qualifies"), pd.DataFrame(
-            columns=["threshold", "weight", "fill", "masked_share", "mean_change"]
-        )
-    where = {"mask_region": mask_region}
-    figure, axes = _new(
-        len(thresholds), len(weights), width=1.25 * len(weights) + 0.6, height=1.25 * len(thresholds) + 0.4
-    )
-    image, heatmap, rows = masking.to_float(originals[:1]), maps[:1], []
-    donors = masking.to_float(originals[-1:])
-    for i, t in enumerate(thresholds):
-        mask = masking.region(heatmap, threshold_mode=threshold_mode, threshold=t, **where)
-        for k, w in enumerate(weights):
-            changed = masking.apply(image, heatmap, mask, fill=fill, weight=w, donors=donors, **where)
-            _picture(axes[i, k], masking.to_uint8(changed)[0], f"weight {w:g}" if i == 0 else "")
-            share = float(mask.float().mean())
-            rows.append(
-                {
-                    "threshold": t,
-                    "weight": w,
-                    "fill": fill,
-                    "masked_share": share,
-                    "mean_change": float((changed - image).abs().mean()),
-                }
-            )
-        axes[i, 0].set_ylabel(f"threshold {t:g}")
-    return figure, pd.DataFrame(rows)
+def threshold_by_weight(made: Proxies, *, fill: str = "mean", mask_region: str = "salient") -> Drawn:
+    """The first image: a row per quantile, a column per weight. ``patch`` takes from the last image."""
+    columns = ["threshold", "weight", "fill", "masked_share", "mean_change"]
+    if len(made.images) == 0:
+        return _empty("no image qualifies", columns)
+    image, maps, rows, table = masking.to_float(made.originals[:1]), made.maps[:1], {}, []
+    how = {"fill": fill, "mask_region": mask_region, "donors": masking.to_float(made.originals[-1:])}
+    for t in (0.25, 0.5, 0.75, 0.9):
+        mask = masking.region(maps, threshold_mode="quantile", threshold=t, mask_region=mask_region)
+        row = rows[f"threshold {t:g}"] = []
+        for w in (0.0, 0.25, 0.5, 0.75, 1.0):
+            changed = masking.apply(image, maps, mask, weight=w, **how)
+            row.append((masking.to_uint8(changed)[0], f"weight {w:g}" if len(rows) == 1 else ""))
+            table.append([t, w, fill, float(mask.float().mean()), float((changed - image).abs().mean())])
+    return _grid(rows, cell=(1.25, 1.25)), pd.DataFrame(table, columns=columns)
 
 
 @styled
-def compared(shown: Comparison) -> tuple[Figure, pd.DataFrame]:
+def compared(images: Mapping[str, Tensor], maps: Mapping[str, Tensor], table: pd.DataFrame) -> Drawn:
     """A column per image: the image, and below it each run's heatmap over it, with what it predicts and how surely."""
-    n, runs_shown = len(shown.names), list(shown.maps)
-    figure, axes = _new(len(runs_shown) + 1, n, width=1.3 * n + 1, height=1.6 * (len(runs_shown) + 1))
-    for k, name in enumerate(shown.names):
-        _picture(axes[0, k], shown.images[runs_shown[0]][k], _short(name))
-    for row, run in enumerate(runs_shown, 1):
-        guesses = shown.table[shown.table["run"] == run]
-        for k, (guess, sure) in enumerate(zip(guesses["predicted"], guesses["confidence"], strict=True)):
-            ax = axes[row, k]
-            ax.imshow(
-                shown.images[run][k].float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest"
-            )
-            ax.imshow(shown.maps[run][k].numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
-            ax.set_title(f"{_short(guess)}\n{sure:.0%}", fontsize=8)
-            _bare(ax)
-        axes[row, 0].set_ylabel(_short(run))
-    return figure, shown.table
-
-
-# 04: results
+    rows = {"": list(zip(next(iter(images.values())), map(_short, table["image"].unique()), strict=True))}
+    for run, shown in images.items():
+        guesses = table[table["run"] == run].itertuples()
+        titles = [f"{_short(str(guess.predicted))}\n{guess.confidence:.0%}" for guess in guesses]
+        rows[run] = list(zip(shown, titles, maps[run], strict=True))
+    return _grid(rows, cell=(1.3, 1.6)), table
 
 
 @styled
-def with_and_without(pairs: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+def with_and_without(pairs: pd.DataFrame) -> Drawn:
     """Test accuracy of each pair of runs: plain, with proxies, joined by a line."""
     if pairs.empty:
-        return _nothing("no run with proxies has a plain run beside it yet: notebook 02 makes it"), pairs
-    table = pairs.assign(arm=pairs["dataset"] + " " + pairs["model"] + "\n" + pairs["schedule"] + " " + pairs["xai"])
-    arms = list(dict.fromkeys(table["arm"]))
+        return _empty("no run with proxies has a plain run beside it yet: notebook 02 makes it", pairs.columns)
+    labels = pairs["dataset"] + " " + pairs["model"] + "\n" + pairs["schedule"] + " " + pairs["xai"]
+    arms = list(pairs.groupby(labels, sort=False))
     figure, ((ax,),) = _new(1, 1, width=max(4.5, 1.6 * len(arms) + 2), height=3.4)
-    for i, arm in enumerate(arms):
-        rows = table[table["arm"] == arm]
-        for plain, other in zip(rows["plain_test_accuracy"], rows["test_accuracy"], strict=True):
-            ax.plot([i - 0.15, i + 0.15], [plain, other], color=GREY, lw=0.8, zorder=1)
-        ax.scatter([i - 0.15] * len(rows), rows["plain_test_accuracy"], color=BLUE, label="plain" if i == 0 else None)
-        ax.scatter(
-            [i + 0.15] * len(rows), rows["test_accuracy"], color=ORANGE, label="with proxies" if i == 0 else None
-        )
-        change = rows["test_accuracy_difference"].mean()
-        ax.annotate(
-            f"{100 * change:+.1f} points\nn = {len(rows)}",
-            (i, rows[["plain_test_accuracy", "test_accuracy"]].to_numpy().max()),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
-    ax.set_xticks(range(len(arms)), arms)
-    ax.set_xlim(-0.6, len(arms) - 0.4)
+    for i, (_, rows) in enumerate(arms):
+        both = rows[["plain_test_accuracy", "test_accuracy"]].to_numpy()
+        ax.plot([i - 0.15, i + 0.15], both.T, color=NEUTRAL, lw=0.8, zorder=1)
+        ax.scatter([i - 0.15] * len(rows), both[:, 0], color=PLAIN)
+        ax.scatter([i + 0.15] * len(rows), both[:, 1], color=PROXIED)
+        _note(ax, i, both.max(), f"{100 * rows['test_accuracy_difference'].mean():+.1f} points\nn = {len(rows)}")
+    ax.set_xticks(range(len(arms)), [str(label) for label, _ in arms])
+    ax.set(xlim=(-0.6, len(arms) - 0.4), ylabel="test accuracy")
     ax.margins(y=0.35)
-    ax.set_ylabel("test accuracy")
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure, table.drop(columns="arm")
-
-
-BY = ("schedule", "xai", "threshold", "weight", "fraction")
+    _key(figure, [_dot(PLAIN, "plain"), _dot(PROXIED, "with proxies")])
+    return figure, pairs
 
 
 @styled
-def accuracy_by(frame: pd.DataFrame, *, by: Sequence[str] = BY) -> tuple[Figure, pd.DataFrame]:
-    """Validation accuracy of finished runs with proxies, a panel per parameter and a dot per run; plain runs beside the schedules.
+def accuracy_by(frame: pd.DataFrame) -> Drawn:
+    """Validation accuracy, a panel per parameter and a dot per run with proxies; plain runs beside the schedules.
 
     Descriptive: runs that differ in a panel's parameter may differ in others, too.
     """
-    done = frame[frame["status"] == runs.FINISHED]
+    done, rows, by = usable(frame), [], ("schedule", "xai", "threshold", "weight", "fraction")
     figure, axes = _new(1, len(by), width=2.1 * len(by), height=3.2, sharey=True)
-    rows = []
     for ax, name in zip(axes.flat, by, strict=True):
         shown = done if name == "schedule" else done[done["proxy_steps"] > 0]
-        values = sorted(shown[name].unique())
-        for i, value in enumerate(values):
-            group = shown[shown[name] == value]
-            colours = [ORANGE if steps else BLUE for steps in group["proxy_steps"]]
+        groups = list(shown.groupby(name))
+        for i, (_, group) in enumerate(groups):
+            colours = [PROXIED if steps else PLAIN for steps in group["proxy_steps"]]
             ax.scatter([i] * len(group), group["val_accuracy"], c=colours, s=22)
-            ax.annotate(
-                f"n={len(group)}",
-                (i, group["val_accuracy"].max()),
-                xytext=(0, 5),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7,
-            )
-            rows += [
-                {"parameter": name, "value": value, "run": r.run, "seed": r.seed, "val_accuracy": r.val_accuracy}
-                for r in group.itertuples()
-            ]
-        ax.set_xticks(range(len(values)), [str(v) for v in values], rotation=30 if len(values) > 2 else 0)
-        ax.set_xlim(-0.6, max(len(values), 1) - 0.4)
-        ax.set_title(name)
+            _note(ax, i, group["val_accuracy"].max(), f"n={len(group)}")
+            rows.append(group.assign(parameter=name, value=group[name].astype(object)))
+        ax.set_xticks(range(len(groups)), [str(v) for v, _ in groups], rotation=30 if len(groups) > 2 else 0)
+        ax.set(xlim=(-0.6, max(len(groups), 1) - 0.4), title=name)
     axes[0, 0].set_ylabel("validation accuracy")
     axes[0, 0].margins(y=0.2)
     axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    handles = [
-        matplotlib.lines.Line2D([], [], ls="", marker="o", color=c, label=t)
-        for c, t in ((BLUE, "plain"), (ORANGE, "with proxies"))
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    return figure, pd.DataFrame(rows, columns=["parameter", "value", "run", "seed", "val_accuracy"])
+    _key(figure, [_dot(PLAIN, "plain"), _dot(PROXIED, "with proxies")])
+    columns = ["parameter", "value", "run", "seed", "val_accuracy"]
+    return figure, pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)
 
 
 @styled
-def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> tuple[Figure, pd.DataFrame]:
-    """A study: each arm's difference to the reference, and the declared contrasts, with intervals; a panel per dataset and model.
-
-    Args:
-        table: of `statistics.compare`, or a committed study_X.csv.
-    """
+def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> Drawn:
+    """A table of `statistics.compare`: each arm's difference to the reference, and the contrasts, with intervals."""
     shown = table[(table["metric"] == metric) & table["difference"].notna()]
     groups = list(shown.groupby(["dataset", "model"], sort=False))
     if not groups:
-        return _nothing("no two arms of the study share a seed"), shown
+        return _empty("no two arms of the study share a seed", shown.columns)
     most = max(len(rows) for _, rows in groups)
     figure, axes = _new(1, len(groups), width=3.4 + 4.6 * len(groups), height=0.3 * most + 1.4, sharex=True)
-    for ax, ((dataset, model), rows) in zip(axes.flat, groups, strict=True):
+    for ax, (key, rows) in zip(axes.flat, groups, strict=True):
         y = np.arange(len(rows))[::-1]
-        ax.axvspan(-100 * MARGIN, 100 * MARGIN, color=GREY, alpha=0.2, lw=0)
-        ax.axvline(0, color=GREY, lw=0.8)
+        ax.axvspan(-100 * MARGIN, 100 * MARGIN, **BAND)
+        ax.axvline(0, color=NEUTRAL, lw=0.8)
         for place, row in zip(y, rows.itertuples(), strict=True):
-            colour = ORANGE if row.declared else BLUE
-            ax.plot([100 * row.low, 100 * row.high], [place, place], color=colour, lw=1.5)
-            ax.plot(100 * row.difference, place, marker="o", ms=4, color=colour)
+            _difference(ax, place, row, colour=DECLARED if row.declared else NEUTRAL)
         ax.set_yticks(y, [f"{_short(f'{row.arm} − {row.against}', 56)}  (n = {row.n})" for row in rows.itertuples()])
-        ax.set_title(f"{dataset}, {model}")
-        ax.set_xlabel("difference in test accuracy, in points, 95 % interval")
-    handles = [
-        matplotlib.lines.Line2D([], [], marker="o", ms=4, color=c, label=t)
-        for c, t in ((ORANGE, "declared"), (BLUE, "descriptive"))
-    ]
-    handles.append(matplotlib.patches.Patch(color=GREY, alpha=0.2, label="within half a point"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        label = f"difference in {metric.replace('_', ' ')}, in points, 95 % interval"
+        ax.set(title=", ".join(map(str, key)), xlabel=label)
+    _key(figure, [_dot(DECLARED, "declared"), _dot(NEUTRAL, "descriptive"), Patch(label=WITHIN_MARGIN, **BAND)])
     return figure, shown
 
 
 @styled
-def one_at_a_time(
-    table: pd.DataFrame, *, around: str, values: Mapping[str, Mapping[str, str]]
-) -> tuple[Figure, pd.DataFrame]:
-    """A study of one parameter at a time: a panel per parameter, the difference to the reference over its values, with intervals.
+def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapping[str, str]]) -> Drawn:
+    """A table of `statistics.compare`, a panel per parameter: the difference over its values, with intervals.
 
-    Args:
-        table: of `statistics.compare`, or a committed study_X.csv, of one dataset and model.
-        around: the arm that stands in every panel.
-        values: parameter -> arm -> its value there, in the order to draw.
+    ``around`` is the arm in every panel; ``values`` has parameter -> arm -> its value there, in the order to draw.
     """
     shown = table[(table["metric"] == "test_accuracy") & table["difference"].notna()]
     values = {name: {arm: v for arm, v in arms.items() if arm in set(shown["arm"])} for name, arms in values.items()}
     if shown.empty or not any(values.values()):
-        return _nothing("no two arms of the study share a seed"), shown
-    rows, reference = shown.set_index("arm"), shown["against"].iloc[0]
+        return _empty("no two arms of the study share a seed", shown.columns)
+    rows = {row.arm: row for row in shown.itertuples()}
     widths = [len(arms) + 0.5 for arms in values.values()]
     figure, axes = _new(1, len(values), width=0.62 * sum(widths) + 1.2, height=3.8, sharey=True, width_ratios=widths)
     for ax, (name, arms) in zip(axes.flat, values.items(), strict=True):
-        ax.axhspan(-100 * MARGIN, 100 * MARGIN, color=GREY, alpha=0.2, lw=0)
-        ax.axhline(0, color=GREY, lw=0.8)
+        ax.axhspan(-100 * MARGIN, 100 * MARGIN, **BAND)
+        ax.axhline(0, color=NEUTRAL, lw=0.8)
         for place, arm in enumerate(arms):
-            colour, row = ORANGE if arm == around else BLUE, rows.loc[arm]
-            ax.plot([place, place], [100 * row["low"], 100 * row["high"]], color=colour, lw=1.5)
-            ax.plot(place, 100 * row["difference"], marker="o", ms=4, color=colour)
-        turned = any(len(value) > 5 for value in arms.values())
-        ax.set_xticks(range(len(arms)), arms.values(), rotation=35 if turned else 0, ha="right" if turned else "center")
-        ax.set_xlim(-0.6, len(arms) - 0.4)
-        ax.set_title(name)
-    counts = sorted({int(n) for n in shown["n"]})
-    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-    axes[0, 0].set_ylabel(f"test accuracy, difference to {reference}\nin points, 95 % interval ({n})")
-    handles = [
-        matplotlib.lines.Line2D([], [], marker="o", ms=4, color=c, label=t)
-        for c, t in ((ORANGE, f"{around}, in every panel"), (BLUE, "one parameter changed"))
-    ]
-    handles.append(matplotlib.patches.Patch(color=GREY, alpha=0.2, label="within half a point"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+            _difference(ax, place, rows[arm], colour=PROXIED, upright=True, hollow=arm != around)
+        ax.set_xticks(range(len(arms)), arms.values(), rotation=35, ha="right")
+        ax.set(xlim=(-0.6, len(arms) - 0.4), title=name)
+    n = " to ".join(str(count) for count in sorted({shown["n"].min(), shown["n"].max()}))
+    label = f"test accuracy, difference to {shown['against'].iloc[0]}\nin points, 95 % interval (n = {n})"
+    axes[0, 0].set_ylabel(label)
+    dots = [_dot(PROXIED, f"{around}, in every panel"), _dot(PROXIED, "one parameter changed", mfc="white")]
+    _key(figure, [*dots, Patch(label=WITHIN_MARGIN, **BAND)])
     return figure, shown
 
 
 @styled
-def decomposition(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """What a reported accuracy has beyond the honest one: a panel per honest arm, a group of bars per arm, with intervals.
-
-    Args:
-        table: of `statistics.decompose`, or a committed study_X_decomposition.csv.
-    """
+def decomposition(table: pd.DataFrame) -> Drawn:
+    """A table of `statistics.decompose`: a panel per honest arm, a group of bars per arm, with intervals."""
     if table.empty:
-        return _nothing("no arm of the decomposition has all its runs"), table
-    panels = [
-        (key, [(arm, rows.set_index("component")) for arm, rows in group.groupby("arm", sort=False)])
-        for key, group in table.groupby(["dataset", "model", "honest"], sort=False)
-    ]
-    colours = {"leak": RED, "extra data": ORANGE, "masking": BLUE, "total": GREY}
-    most = max(len(arms) for _, arms in panels)
-    figure, axes = _new(1, len(panels), width=4.4 * len(panels), height=0.62 * most + 1.5, sharex=True)
-    for ax, ((dataset, _, honest), arms) in zip(axes.flat, panels, strict=True):
+        return _empty("no arm of the decomposition has all its runs", table.columns)
+    panels = list(table.groupby(["dataset", "honest"], sort=False))
+    most = max(group["arm"].nunique() for _, group in panels)
+    figure, axes = _new(1, len(panels), width=4.4 * len(panels), height=0.68 * most + 1.5, sharex=True)
+    for ax, (key, group) in zip(axes.flat, panels, strict=True):
+        arms = list(group.groupby("arm", sort=False))
         for i, (_, rows) in enumerate(arms):
-            for k, (name, colour) in enumerate(colours.items()):
-                row, place = rows.loc[name], most - i - 0.2 * k
-                ax.barh(place, 100 * row["mean"], height=0.18, color=colour)
-                ax.plot([100 * row["low"], 100 * row["high"]], [place, place], color="black", lw=0.9)
-        ticks = [f"{_short(arm, 40)}\n(n = {rows['n'].iloc[0]})" for arm, rows in arms]
-        ax.set_yticks([most - i - 0.3 for i in range(len(arms))], ticks)
-        ax.set_ylim(0.2, most + 0.3)
-        ax.axvline(0, color=GREY, lw=0.8)
-        ax.set_title(f"{dataset}: beyond the test accuracy of\n{honest}")
-        ax.set_xlabel("points, 95 % interval")
-    handles = [matplotlib.patches.Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+            r = 100 * rows.set_index("component").loc[list(COMPONENTS), ["mean", "low", "high"]]
+            places, errors = most - i - 0.16 * np.arange(len(r)), (r["mean"] - r["low"], r["high"] - r["mean"])
+            colours = list(COMPONENT_COLOURS.values())
+            ax.barh(places, r["mean"], height=0.15, color=colours, xerr=errors, error_kw={"elinewidth": 0.9})
+        ticks = [f"{_short(str(arm), 40)}\n(n = {rows['n'].iloc[0]})" for arm, rows in arms]
+        ax.set_yticks([most - i - 0.32 for i in range(len(arms))], ticks)
+        ax.axvline(0, color=NEUTRAL, lw=0.8)
+        title = f"{key[0]}: beyond the test accuracy of\n{key[1]}"
+        ax.set(ylim=(0.2, most + 0.3), title=title, xlabel="points, 95 % interval")
+    _key(figure, [Patch(color=colour, label=name) for name, colour in COMPONENT_COLOURS.items()])
     return figure, table
 
 
 @styled
-def confusion(matrix: pd.DataFrame, *, most_named: int = 30) -> tuple[Figure, pd.DataFrame]:
-    """Row-normalised colours, counts written in; many classes go without names and counts."""
-    n = len(matrix)
-    named = n <= most_named
+def confusion(matrix: pd.DataFrame) -> Drawn:
+    """Row-normalised colours, counts written in; more than 30 classes go without names and counts."""
+    n, counts = len(matrix), matrix.to_numpy()
+    named = n <= 30
     side = max(4.2, 0.42 * n + 1.6) if named else 7
     figure, ((ax,),) = _new(1, 1, width=side + 0.8, height=side)
-    share = matrix.to_numpy() / np.maximum(matrix.to_numpy().sum(1, keepdims=True), 1)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     drawn = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if named:
-        for i in range(n):
-            for k in range(n):
-                if matrix.iat[i, k]:
-                    ax.text(
-                        k,
-                        i,
-                        matrix.iat[i, k],
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                        color="white" if share[i, k] > 0.5 else "black",
-                    )
+        for i, k in np.argwhere(counts):
+            colour = "white" if share[i, k] > 0.5 else "black"
+            ax.text(k, i, str(counts[i, k]), ha="center", va="center", fontsize=7, color=colour)
         ax.set_xticks(range(n), [_short(str(c)) for c in matrix.columns], rotation=45, ha="right")
         ax.set_yticks(range(n), [_short(str(c)) for c in matrix.index])
     ax.set(xlabel="predicted", ylabel="true")
     figure.colorbar(drawn, ax=ax, shrink=0.7, label="share of the true class")
-    table = matrix.stack().rename("images").rename_axis(["true_class", "predicted_class"]).reset_index()
-    return figure, table
+    return figure, matrix.stack().rename("images").rename_axis(["true_class", "predicted_class"]).reset_index()
 
 
 @styled
-def class_changes(table: pd.DataFrame, *, most: int = 10) -> tuple[Figure, pd.DataFrame]:
+def class_changes(table: pd.DataFrame, *, most: int = 10) -> Drawn:
     """F1 per class of the plain run and the one with proxies: the classes that gained and lost most."""
-    half = most // 2
-    shown = table if len(table) <= most else pd.concat([table.head(half), table.tail(half)])
+    shown = table if len(table) <= most else pd.concat([table.head(most // 2), table.tail(most // 2)])
     shown = shown.iloc[::-1]
-    figure, ((ax,),) = _new(1, 1, width=6.5, height=0.34 * len(shown) + 1.1)
+    figure, ((ax,),) = _new(1, 1, width=6.5, height=0.34 * len(shown) + 1.4)
     y = np.arange(len(shown))
-    ax.hlines(y, shown["f1_plain"], shown["f1_proxy"], color=GREY, lw=1)
-    ax.scatter(shown["f1_plain"], y, edgecolors=BLUE, facecolors="none", s=55, label="plain", zorder=2)
-    ax.scatter(shown["f1_proxy"], y, color=ORANGE, s=25, label="with proxies", zorder=3)
+    ax.hlines(y, shown["f1_plain"], shown["f1_proxy"], color=NEUTRAL, lw=1)
+    ax.scatter(shown["f1_plain"], y, edgecolors=PLAIN, facecolors="none", s=55, zorder=2)
+    ax.scatter(shown["f1_proxy"], y, color=PROXIED, s=25, zorder=3)
     changes = ["" if pd.isna(d) else f"{round(100 * d, 1) + 0.0:+.1f}, " for d in shown["f1_change"]]
     labels = [f"{_short(c)}  ({d}n = {s})" for c, d, s in zip(shown["class"], changes, shown["support"], strict=True)]
     ax.set_yticks(y, labels)
     ax.set_xlabel("F1 on the test images (change in points, test images of the class)")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    _key(figure, [_dot(PLAIN, "plain", mfc="none"), _dot(PROXIED, "with proxies")])
     return figure, table
