@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from pa_core.errors import did_you_mean
 from pa_core.schedule import ScheduleError, normal
@@ -25,20 +25,6 @@ def _text(value: Any) -> Any:
     if not plain or not str(value).strip():
         raise ValueError("must be a text that is not empty")
     return str(value).strip()
-
-
-def _none(value: Any) -> Any:
-    return None if isinstance(value, str) and value.strip().lower() == "none" else value
-
-
-def _lower(value: Any) -> Any:
-    return "none" if value is None else value.strip().lower() if isinstance(value, str) else value
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    return value
 
 
 def _pretrained(value: Any) -> bool | str:
@@ -90,20 +76,11 @@ def _device(value: Any) -> str:
 
 
 Text = Annotated[str, BeforeValidator(_text)]
-OptionalText = Annotated[
-    str | None, BeforeValidator(lambda value: value if value is None else _text(value)), BeforeValidator(_none)
-]
-Name = Annotated[str, BeforeValidator(_lower), BeforeValidator(_text)]
-Flag = Annotated[bool, BeforeValidator(_lower)]
+Name = Annotated[str, AfterValidator(str.lower), BeforeValidator(_text)]
 Pretrained = Annotated[bool | str, BeforeValidator(_pretrained)]
 Schedule = Annotated[str, BeforeValidator(_schedule)]
 Augment = Annotated[str, BeforeValidator(_augment)]
 BatchSize = Annotated[int | str, BeforeValidator(_batch_size)]
 Device = Annotated[str, BeforeValidator(_device)]
-LOWER = BeforeValidator(_lower)
-"""Before a Literal: upper and lower case are the same, and YAML's null is the text none."""
-NUMBER = BeforeValidator(_number)
-"""Before a number: True and False are none."""
-OPTIONAL = BeforeValidator(_none)
-Share = Annotated[float, Gt(0), Le(1), NUMBER]
-Probability = Annotated[float, Ge(0), Le(1), NUMBER]
+Share = Annotated[float, Gt(0), Le(1)]
+Probability = Annotated[float, Ge(0), Le(1)]

@@ -12,29 +12,14 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from pa_core.coerce import (
-    LOWER,
-    NUMBER,
-    OPTIONAL,
-    Augment,
-    BatchSize,
-    Device,
-    Flag,
-    Name,
-    OptionalText,
-    Pretrained,
-    Probability,
-    Schedule,
-    Share,
-    Text,
-)
+from pa_core.coerce import Augment, BatchSize, Device, Name, Pretrained, Probability, Schedule, Share, Text
 from pa_core.errors import ParameterError, did_you_mean
 from pa_core.files import read_yaml
 from pa_core.schedule import EPOCH, PROXY, epochs, parse, steps
@@ -53,121 +38,108 @@ def derived_seed(seed: int, *labels: Any) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-class Experiment(BaseModel):
+def _p(default: Any, description: str) -> Any:
+    return Field(default, description=description)
+
+
+class Parameters(BaseModel):
+    """Names, types, defaults and meanings; each parameter is described here and nowhere else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # data
+    dataset: Text = _p("fashion_mini", "a name from pa_core.data.names(), or folder")
+    data_dir: Text | None = _p(None, "where folder, or a downloaded set, lies")
+    bad_images: Literal["refuse", "skip"] = _p("refuse", "what is done about files that are no images")
+    image_size: Annotated[int, Ge(16), Le(4096)] | None = _p(None, "pixels per side; none is the dataset's own")
+    train_fraction: Share = _p(1.0, "share of the training images, at least one per class")
+    folds: Annotated[int, Ge(2), Le(1000)] = _p(5, "validation is one of so many stratified folds")
+    fold: Annotated[int, Ge(0)] = _p(0, "which of them, from 0")
+    # model
+    model: Text = _p("test_resnet", "any timm name")
+    pretrained: Pretrained = _p(False, "true, false, or a weights file")
+    # explanation
+    xai: Name = _p("gradcam++", "explanation method; docs/methods.md has all")
+    xai_target: Literal["predicted", "label"] = _p("predicted", "which class is explained")
+    cam_layer: Text | None = _p(None, "a module's dotted name; none is the model's own")
+    smooth: Literal["none", "gaussian", "eigen", "flip"] = _p("none", "how maps are smoothed")
+    permute_maps: bool = _p(False, "each image gets another one's map: the control for place")
+    # schedule and selection
+    schedule: Schedule = _p("5,p,5", "epochs; between them p proxy step, c forget maps, x0.3 prune, l0.1 scale lr")
+    select: Literal["misclassified", "loss", "margin", "entropy", "random", "easiest", "all"] = _p(
+        "loss", "which training images get a map"
+    )
+    fraction: Share = _p(0.2, "share of the training images that get one")
+    keep_proxies: Literal["last", "all"] = _p("last", "of which proxy steps maps are kept")
+    # masks
+    mask_region: Literal["salient", "rest"] = _p("salient", "which pixels are masked")
+    threshold_mode: Literal["absolute", "quantile", "deviations"] = _p(
+        "quantile", "threshold of the map, of its quantiles, or in standard deviations above its mean"
+    )
+    threshold: Annotated[float, Ge(0), Le(10)] = _p(0.75, "quantile 0.75 masks exactly a quarter of each image")
+    max_share: Share = _p(1.0, "most of an image that is masked, the highest values first")
+    fill: Literal["zero", "one", "mean", "max", "min", "half_max", "noise", "blur", "patch", "blend", "none"] = _p(
+        "mean", "what masked pixels become: docs/methods.md explains each"
+    )
+    weight: Probability = _p(1.0, "of the fill; 0 changes nothing")
+    feather: Annotated[int, Ge(0), Le(4096)] = _p(0, "pixels over which the fill fades in from the mask's edge")
+    overlay: Literal["replace", "append", "withhold"] = _p(
+        "replace", "proxies instead of originals, or beside them; or originals without a part in the loss"
+    )
+    copies: Annotated[int, Ge(1)] = _p(1, "how often an appended proxy stands beside its original")
+    proxy_probability: Probability = _p(1.0, "probability that a proxy is masked when it is drawn")
+    # training
+    protocol: Literal["clean", "thesis", "thesis_text"] = _p("clean", "thesis and thesis_text replay the predecessor")
+    augment: Augment = _p("flip,crop", "none, or any of flip, rotate, crop, erase, cutmix, mixup")
+    erase_region: Literal["anywhere", "attended", "spared"] = _p(
+        "anywhere", "where erase takes pixels: high or low maps"
+    )
+    erase_probability: Probability = _p(0.5, "probability that erase changes an image")
+    mix_labels: Literal["area", "attention"] = _p("area", "what the labels' shares of a cutmix image follow")
+    mix_probability: Probability = _p(0.5, "probability that cutmix or mixup changes an image")
+    cutmix_alpha: Annotated[float, Gt(0), Le(1000)] = _p(1.0, "shares of cutmix are drawn from Beta(alpha, alpha)")
+    optimizer: Literal["adamw", "sgd"] = _p("adamw", "sgd has Nesterov momentum 0.9")
+    lr: Annotated[float, Gt(0)] = _p(1e-3, "highest learning rate")
+    weight_decay: Annotated[float, Ge(0)] = _p(1e-2, "decoupled with adamw")
+    scheduler: Literal["onecycle", "cosine", "constant"] = _p("onecycle", "learning rate over the whole run")
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = _p(0.0, "share of the label that is spread over all classes")
+    batch_size: BatchSize = _p(64, "a number, or auto")
+    # machine
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _p("auto", "auto is bf16 or fp16 on CUDA, fp32 elsewhere")
+    tf32: bool = _p(False, "float32 products in TF32, on CUDA")
+    deterministic: bool = _p(False, "only deterministic operations: the same result again on CUDA")
+    device: Device = _p("auto", "auto, cpu, cuda, cuda:N or mps")
+    compile: bool = _p(False, "torch.compile the training step")
+    seed: Annotated[int, Ge(0), Lt(2**63)] = _p(0, "drives split, initialisation, order, augmentation and masks")
+    runs_dir: Text = _p("runs", "where runs are kept; runs is the repository's folder, or $PA_RUNS")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """A value as papermill, YAML or a DataFrame hands it over, in the form that the field's type reads."""
+        value = value.item() if hasattr(value, "item") else value  # numpy scalars
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if get_origin(kind) is Literal or kind is bool:
+            return "none" if value is None else value.strip().lower() if isinstance(value, str) else value
+        if type(None) in get_args(kind):
+            return None if str(value).strip().lower() == "none" else value
+        if isinstance(value, bool) and kind in (int, float):
+            raise ValueError("must be a number")
+        return value
+
+
+class Experiment(Parameters):
     """Everything that decides a run; frozen and flat.
 
     Raises:
         ParameterError: a value is not allowed, or a name is no parameter.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=False)
-
-    # data
-    dataset: Text = Field("fashion_mini", description="a name from pa_core.data.names(), or folder")
-    data_dir: OptionalText = Field(None, description="where folder, or a downloaded set, lies")
-    bad_images: Annotated[Literal["refuse", "skip"], LOWER] = Field(
-        "refuse", description="what is done about files that are no images"
-    )
-    image_size: Annotated[int | None, Ge(16), Le(4096), NUMBER, OPTIONAL] = Field(
-        None, description="pixels per side; none is the dataset's own"
-    )
-    train_fraction: Share = Field(1.0, description="share of the training images, at least one per class")
-    folds: Annotated[int, Ge(2), Le(1000), NUMBER] = Field(
-        5, description="validation is one of so many stratified folds"
-    )
-    fold: Annotated[int, Ge(0), NUMBER] = Field(0, description="which of them, from 0")
-    # model
-    model: Text = Field("test_resnet", description="any timm name")
-    pretrained: Pretrained = Field(False, description="true, false, or a weights file")
-    # explanation
-    xai: Name = Field("gradcam++", description="explanation method; docs/methods.md has all")
-    xai_target: Annotated[Literal["predicted", "label"], LOWER] = Field(
-        "predicted", description="which class is explained"
-    )
-    cam_layer: OptionalText = Field(None, description="a module's dotted name; none is the model's own")
-    smooth: Annotated[Literal["none", "gaussian", "eigen", "flip"], LOWER] = Field(
-        "none", description="how maps are smoothed"
-    )
-    permute_maps: Flag = Field(False, description="each image gets another one's map: the control for place")
-    # schedule and selection
-    schedule: Schedule = Field(
-        "5,p,5", description="epochs, and events between them: p proxy step, c forget maps, x0.3 prune, l0.1 scale lr"
-    )
-    select: Annotated[Literal["misclassified", "loss", "margin", "entropy", "random", "easiest", "all"], LOWER] = Field(
-        "loss", description="which training images get a map"
-    )
-    fraction: Share = Field(0.2, description="share of the training images that get one")
-    keep_proxies: Annotated[Literal["last", "all"], LOWER] = Field(
-        "last", description="of which proxy steps maps are kept"
-    )
-    # masks
-    mask_region: Annotated[Literal["salient", "rest"], LOWER] = Field("salient", description="which pixels are masked")
-    threshold_mode: Annotated[Literal["absolute", "quantile", "deviations"], LOWER] = Field(
-        "quantile",
-        description="what the threshold is of: the map, its quantiles, its standard deviations over the mean",
-    )
-    threshold: Annotated[float, Ge(0), Le(10), NUMBER] = Field(
-        0.75, description="quantile 0.75 masks exactly a quarter of each image; above 1 with deviations only"
-    )
-    max_share: Share = Field(1.0, description="most of an image that is masked, the highest values first")
-    fill: Annotated[
-        Literal["zero", "one", "mean", "max", "min", "half_max", "noise", "blur", "patch", "blend", "none"],
-        LOWER,
-    ] = Field("mean", description="what masked pixels become: docs/methods.md explains each")
-    weight: Probability = Field(1.0, description="of the fill; 0 changes nothing")
-    feather: Annotated[int, Ge(0), Le(4096), NUMBER] = Field(
-        0, description="pixels over which the fill fades in from the mask's edge"
-    )
-    overlay: Annotated[Literal["replace", "append", "withhold"], LOWER] = Field(
-        "replace", description="proxies stand in the place of originals or beside them, or their images have no loss"
-    )
-    copies: Annotated[int, Ge(1), NUMBER] = Field(
-        1, description="how often an appended proxy stands beside its original"
-    )
-    proxy_probability: Probability = Field(1.0, description="probability that a proxy is masked when it is drawn")
-    # training
-    protocol: Annotated[Literal["clean", "thesis", "thesis_text"], LOWER] = Field(
-        "clean", description="thesis and thesis_text replay the predecessor's evaluation"
-    )
-    augment: Augment = Field("flip,crop", description="none, or any of flip, rotate, crop, erase, cutmix, mixup")
-    erase_region: Annotated[Literal["anywhere", "attended", "spared"], LOWER] = Field(
-        "anywhere", description="where erase puts its rectangle: where the map is high, or low"
-    )
-    erase_probability: Probability = Field(0.5, description="probability that erase changes an image")
-    mix_labels: Annotated[Literal["area", "attention"], LOWER] = Field(
-        "area", description="what the labels' shares of a cutmix image follow"
-    )
-    mix_probability: Probability = Field(0.5, description="probability that cutmix or mixup changes an image")
-    cutmix_alpha: Annotated[float, Gt(0), Le(1000), NUMBER] = Field(
-        1.0, description="shares of cutmix are drawn from Beta(alpha, alpha)"
-    )
-    optimizer: Annotated[Literal["adamw", "sgd"], LOWER] = Field("adamw", description="sgd has Nesterov momentum 0.9")
-    lr: Annotated[float, Gt(0), NUMBER] = Field(1e-3, description="highest learning rate")
-    weight_decay: Annotated[float, Ge(0), NUMBER] = Field(1e-2, description="decoupled with adamw")
-    scheduler: Annotated[Literal["onecycle", "cosine", "constant"], LOWER] = Field(
-        "onecycle", description="learning rate over the whole run"
-    )
-    label_smoothing: Annotated[float, Ge(0), Lt(1), NUMBER] = Field(0.0, description="share of a label")
-    batch_size: BatchSize = Field(64, description="a number, or auto")
-    # machine
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], LOWER] = Field(
-        "auto", description="auto is bf16 or fp16 on CUDA, fp32 elsewhere"
-    )
-    tf32: Flag = Field(False, description="float32 products in TF32, on CUDA")
-    deterministic: Flag = Field(False, description="only deterministic operations: the same result again on CUDA")
-    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
-    compile: Flag = Field(False, description="torch.compile the training step")
-    seed: Annotated[int, Ge(0), Lt(2**63), NUMBER] = Field(
-        0, description="drives split, initialisation, order, augmentation and masks"
-    )
-    runs_dir: Text = Field("runs", description="where runs are kept; runs is the repository's folder, or $PA_RUNS")
-
     def __init__(self, **values: Any):
         for name, value in values.items():
-            if name not in type(self).model_fields:
-                allowed = f"must be a parameter's name{did_you_mean(name, type(self).model_fields)}"
+            if name not in Parameters.model_fields:
+                allowed = f"must be a parameter's name{did_you_mean(name, Parameters.model_fields)}"
                 raise ParameterError(name, value, f"{allowed}; docs/parameters.md lists them")
-            values[name] = value.item() if hasattr(value, "item") else value  # numpy scalars, from a DataFrame
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -221,8 +193,13 @@ class Experiment(BaseModel):
     def explains(self) -> bool:
         """Whether a proxy step makes maps, and not a selection alone."""
         return bool(steps(self.schedule)) and (
-            self.fill != "none" or self.erase_region != "anywhere" or self.mix_labels == "attention"
+            self.masks or self.erase_region != "anywhere" or self.mix_labels == "attention"
         )
+
+    @property
+    def masks(self) -> bool:
+        """Whether proxies are masked images, and not their originals."""
+        return self.fill != "none" and (self.overlay != "withhold" or self.protocol != "clean")
 
     @property
     def explained(self) -> str:
@@ -281,8 +258,8 @@ def _without_effect(e: Experiment) -> set[str]:
         (e.protocol != "clean", {"select", "overlay", "copies", "keep_proxies"}),  # the protocol says what is done
         (e.protocol == "clean" and e.select == "all", {"fraction"}),
         (e.protocol == "clean" and e.overlay != "append", {"copies"}),
-        (e.fill == "none" or e.overlay == "withhold", _MASK),
-        (e.overlay == "withhold", {"fill"}),
+        (not e.masks, _MASK),
+        (e.protocol == "clean" and e.overlay == "withhold", {"fill"}),
         (not e.explains, _EXPLANATION),
         (e.mix_labels == "attention", {"xai_target"}),
         ("erase" not in e.augmentations, {"erase_region", "erase_probability"}),
@@ -331,35 +308,28 @@ class Parameter:
     choices: tuple[str, ...]
 
 
-def _described(name: str) -> Parameter:
-    field = Experiment.model_fields[name]
-    choices = tuple(get_args(field.annotation)) if get_origin(field.annotation) is Literal else ()
-    return Parameter(
-        name=name,
-        default=field.default,
-        description=field.description or "",
-        allowed=f"one of {', '.join(choices)}" if choices else _range(field.annotation, field.metadata),
-        choices=choices,
-    )
+def _described(name: str, field: Any) -> Parameter:
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    allowed = f"one of {', '.join(choices)}" if choices else _range(field.annotation, field.metadata)
+    return Parameter(name=name, default=field.default, description=field.description, allowed=allowed, choices=choices)
 
 
-def _range(annotation: Any, metadata: list[Any]) -> str:
-    """``a number above 0 and at most 1``; empty for a text."""
-    types = set(get_args(annotation)) or {annotation}
-    if bool in types:
-        return "true or false" if types == {bool} else ""
-    if not types & {int, float} or str in types:
+def _range(kind: Any, metadata: Sequence[Any]) -> str:
+    """``a number above 0, at most 1``; empty for a text."""
+    if type(None) in get_args(kind):
+        inner = get_args(kind)[0]
+        words = _range(get_args(inner)[0], inner.__metadata__)
+        return words and f"{words}, or none"
+    if kind is bool:
+        return "true or false"
+    if kind not in (int, float):
         return ""
-    bounds = {
-        type(m).__name__: getattr(m, type(m).__name__.lower()) for m in metadata if isinstance(m, (Gt, Ge, Lt, Le))
-    }
-    low = f"above {bounds['Gt']}" if "Gt" in bounds else f"of at least {bounds['Ge']}"
-    high = f", at most {bounds['Le']}" if "Le" in bounds else f", below {bounds['Lt']}" if "Lt" in bounds else ""
-    noun = "a number" if float in types else "a whole number"
-    return f"{noun} {low}{high}" + (", or none" if type(None) in types else "")
+    words = {Gt: "above", Ge: "of at least", Lt: "below", Le: "at most"}
+    bounds = [f"{words[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in metadata if type(m) in words]
+    return ("a number " if kind is float else "a whole number ") + ", ".join(bounds)
 
 
-PARAMETERS: dict[str, Parameter] = {name: _described(name) for name in Experiment.model_fields}
+PARAMETERS: dict[str, Parameter] = {name: _described(name, field) for name, field in Parameters.model_fields.items()}
 """All parameters, in the order in which they are shown."""
 SELECT, FILLS = PARAMETERS["select"].choices, PARAMETERS["fill"].choices
 
@@ -372,18 +342,16 @@ def check(name: str, value: Any) -> Any:
     """
     if name not in PARAMETERS:
         raise ParameterError(name, value, f"must be a parameter's name{did_you_mean(name, PARAMETERS)}")
-    field = Experiment.model_fields[name]
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[(field.annotation, *field.metadata)])  # pyright: ignore
     try:
-        return adapter.validate_python(value)
+        return getattr(Parameters(**{name: value}), name)
     except ValidationError as error:
-        raise _refusal(error, name) from None
+        raise _refusal(error) from None
 
 
-def _refusal(error: ValidationError, name: str = "") -> ParameterError:
+def _refusal(error: ValidationError) -> ParameterError:
     """The first thing that pydantic found, in one sentence."""
     first = error.errors()[0]
-    name = name or str(first["loc"][0])
+    name = str(first["loc"][0])
     reason = first.get("ctx", {}).get("error")
     known = PARAMETERS[name]
     allowed = str(reason) if reason else f"must be {known.allowed or 'a text'}"

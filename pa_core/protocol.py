@@ -2,101 +2,78 @@
 
 ``clean``: the training part under its proxies, the same in every stage.
 
-``thesis``: what the predecessor's published code does, to see what its numbers are made of. Every stage, ``p`` included, draws a
-share (``train_fraction``) of the images and halves them, stratified, while the weights carry over: it trains on one half, and the
-accuracy on the other is what it reports. ``p`` trains for an epoch, too; at its end a fraction of the images of its training half
-that the network gets wrong, in random order, become proxies. Those lie beside their originals from then on, but only a ``p``
-stage reads them, so that the stages between train on none. ``thesis_text`` differs in the proxies alone: as the text has it,
-every stage after ``p`` trains on them in the place of their originals; the half that is reported on has originals.
+``thesis``: what the predecessor's published code does, to see what its numbers are made of. Every stage, ``p``
+included, draws a share (``train_fraction``) of the images and halves them, stratified, while the weights carry over:
+it trains on one half, and the accuracy on the other is what it reports. ``p`` trains for an epoch, too; at its end a
+fraction of the images of its training half that the network gets wrong, in random order, become proxies. Those lie
+beside their originals from then on, but only a ``p`` stage reads them, so that the stages between train on none.
+``thesis_text`` differs in the proxies alone: as the text has it, every stage after ``p`` trains on them in the place
+of their originals; the half that is reported on has originals.
 
-Here the draws are seeded, and only the training part is drawn from: test images and this package's own validation images are
-never trained on, whatever the protocol. The protocol says nothing of the learning rate, which stays at 8e-5 there: `lr` and `scheduler`
-do (params/study/c.yaml has both). What is not replayed:
+Here the draws are seeded, and only the training part is drawn from: test images and this package's own validation
+images are never trained on. The protocol says nothing of the learning rate, which stays at 8e-5 there: `lr` and
+`scheduler` do. What is not replayed:
 
-- the predecessor's wrong images are those of the forward passes during the epoch, here of one pass after it; its proxies are made of
-  their random crops, and a proxy that is wrong again is masked again, here only originals are;
-- its p stages grow with the proxies where the subset has room for them, and its numbered stages shrink by those that were drawn and
-  dropped; here every stage has as many images;
-- it crops and resizes at random, with a weight decay of 1e-5; here `augment` and `weight_decay` are what the run says.
+- the predecessor's wrong images are those of the forward passes during the epoch, here of one pass after it; its
+  proxies are made of their random crops, and a proxy that is wrong again is masked again, here only originals are;
+- its p stages grow with the proxies where the subset has room for them, and its numbered stages shrink by those that
+  were drawn and dropped; here every stage has as many images;
+- it crops and resizes at random, with a weight decay of 1e-5; here `augment` and `weight_decay` say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pa_core import schedule
+from pa_core import proxy, schedule
+from pa_core.batch import Pool
 from pa_core.data import Part
-from pa_core.params import Experiment, ParameterError, derived_seed
-from pa_core.proxy import Overlay
-from pa_core.train import Source
+from pa_core.errors import ParameterError
+from pa_core.params import Experiment, derived_seed
+from pa_core.proxy import Step
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:
     """Where the images of a stage come from.
 
     Attributes:
-        training: an epoch draws :func:`draws` of them.
+        training: an epoch draws :func:`draws` of its entries.
         reported: those whose accuracy the predecessor reports; None under the clean protocol.
         candidates: int64, the positions of the training part that the stage's proxy step may choose from; None for all.
     """
 
-    training: Source
-    reported: Source | None = None
+    training: Pool
+    reported: Pool | None = None
     candidates: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Drawn:
-    """Some images of a source, as a source: ``positions``, int64 [n] on the CPU, of ``base``."""
-
-    base: Source
-    positions: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        return self.base.labels[self.positions]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.base.shape
-
-    @property
-    def resident(self) -> torch.device | None:
-        return self.base.resident
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def read(self, index: Tensor) -> Tensor:
-        return self.base.read(self.positions.to(index.device)[index])
-
-
-def stage(part: Part, experiment: Experiment, *, number: int, steps: list[Path]) -> Stage:
-    """What a stage trains on; it follows from seed, number and proxies alone, so that a resumed run finds it again.
+def stage(part: Part, experiment: Experiment, *, number: int, steps: Sequence[Step]) -> Stage:
+    """What a stage trains on; it follows from seed, number and maps alone, so that a resumed run finds it again.
 
     Args:
         part: the training part.
-        number: of the stage, as `schedule.stages` counts.
-        steps: directories of the proxy steps made so far, the earliest first.
+        number: of the stage, as `schedule.parse` counts.
+        steps: the proxy steps whose maps are kept, the earliest first.
     """
     e = experiment
     if e.protocol == "clean":
-        return Stage(training=Overlay(part, mode=e.overlay, steps=steps[-1:] if e.keep_proxies == "last" else steps))
+        return Stage(training=proxy.pool(part, e, steps))
     if e.protocol == "thesis":
-        reads_proxies = schedule.parse(e.schedule)[number] == schedule.PROXY
-        pool = validated = Overlay(part, mode="append", steps=steps if reads_proxies else [])
+        events = schedule.parse(e.schedule, p_trains=True)
+        reads = any(event.kind == schedule.PROXY and event.stage == number for event in events)
+        pool = reported_from = proxy.pool(part, e, steps if reads else [])
     else:
-        pool, validated = Overlay(part, mode="replace", steps=steps), part
+        pool, reported_from = proxy.pool(part, e, steps), Pool.of(part)
     seed = derived_seed(e.seed, "halves", number)
     training, reported = halves(pool.labels, count=_count(len(part), e), seed=seed)
     return Stage(
-        training=Drawn(base=pool, positions=training),
-        reported=Drawn(base=validated, positions=reported),
+        training=pool.take(training),
+        reported=reported_from.take(reported),
         candidates=training[training < len(part)],
     )
 

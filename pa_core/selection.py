@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pa_core.params import ParameterError, derived_seed
+from pa_core.params import derived_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,6 @@ def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor
         "entropy": -scores.entropy,
         "easiest": scores.loss,
     }
-    if by not in keys:
-        raise ParameterError("select", by, f"allowed is one of {', '.join(keys)}, random, all")
     order = keys[by].argsort(stable=True)
     if by == "misclassified":
         order = order[scores.predicted[order] != scores.labels[order]]
@@ -85,7 +83,7 @@ def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor
 
 
 def some_wrong(scores: Scores, *, among: Tensor, fraction: float, seed: int) -> Tensor:
-    """The predecessor's selection: of the misclassified images a fraction, rounded up, in random order and not the worst first.
+    """The predecessor's selection: of the misclassified images a fraction, rounded up, in random order.
 
     Args:
         among: int64 [n], the positions that may be selected.
