@@ -1,4 +1,4 @@
-"""DataFrames and tensors -> matplotlib figures and what was drawn, saved with where it came from; pyplot is not used."""
+"""DataFrames and tensors -> matplotlib figures and what was drawn, saved with where it came from; no pyplot."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ Drawn = tuple[Figure, pd.DataFrame]
 
 # One colour per meaning; Okabe & Ito 2008: told apart with any colour vision
 PLAIN, PROXIED, WRONG, NEUTRAL, DECLARED = "#0072B2", "#E69F00", "#D55E00", "#888888", "#000000"
+ARMS = {"plain": PLAIN, "with proxies": PROXIED}
 OTHERS = ("#009E73", "#CC79A7", "#56B4E9")
 PARTS = {"train": "#444444", "val": "#888888", "test": "#CCCCCC"}
 COMPONENT_COLOURS = dict(zip(COMPONENTS, ("#CC79A7", "#CCCCCC", "#56B4E9", PROXIED, "#444444"), strict=True))
@@ -70,10 +71,7 @@ class Album:
     def save(
         self, figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run | None] = (), made_from: str = ""
     ) -> Path:
-        """Write NAME.png, NAME.svg, NAME.csv (what was drawn) and NAME.json (from which runs, code and command).
-
-        ``made_from`` says where the data come from if not from runs that are at hand. Gives the path of the png.
-        """
+        """Write NAME.png, .svg, .csv (what was drawn) and .json (from which runs, or what else, code and command)."""
         path = figures_home(self.figures_dir) / name
         figure.savefig(path.with_suffix(".png"), bbox_inches="tight", metadata={"Software": None})
         figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
@@ -133,23 +131,21 @@ def _short(text: str, length: int = 16) -> str:
     return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
 
 
-def _dot(colour: str, label: str, **keywords: Any) -> Line2D:
-    return Line2D([], [], ls="", marker="o", ms=5, color=colour, label=label, **keywords)
-
-
 def _note(ax: Axes, x: float, y: float, text: str) -> None:
     ax.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
 
 
-def _key(figure: Figure, handles: Sequence[Any]) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+def _key(figure: Figure, dots: Mapping[str, str], *more: Any) -> None:
+    """A legend below the figure: label -> colour of a dot, and other handles."""
+    handles = [Line2D([], [], ls="", marker="o", ms=5, color=c, label=k) for k, c in dots.items()]
+    figure.legend(handles=[*handles, *more], loc="outside lower center", ncols=min(len(handles) + len(more), 5))
 
 
 def _difference(ax: Axes, place: float, row: Any, *, colour: str, upright: bool = False, hollow: bool = False) -> None:
     """A difference and its interval, in points."""
-    line, at = [[place] * 2, [100 * row.low, 100 * row.high]], [[place], [100 * row.difference]]
-    line, at = (line, at) if upright else (line[::-1], at[::-1])
-    ax.plot(*line, color=colour, lw=1.5)
+    ends, middle = (100 * row.low, 100 * row.high), (100 * row.difference,)
+    (ax.vlines if upright else ax.hlines)(place, *ends, color=colour, lw=1.5)
+    at = ((place,), middle) if upright else (middle, (place,))
     ax.plot(*at, marker="o", ms=4.5, color=colour, mfc="white" if hollow else colour)
 
 
@@ -225,7 +221,7 @@ def curves(named: Mapping[str, Run]) -> Drawn:
     rate.set(title="learning rate, end of epoch", xlabel="epoch")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _key(figure, accuracy.get_legend_handles_labels()[0])
+    _key(figure, {}, *accuracy.get_legend_handles_labels()[0])
     return figure, pd.concat(tables, ignore_index=True)
 
 
@@ -266,10 +262,7 @@ def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> Drawn:
 
 @styled
 def fills(made: Proxies, *, mask_region: str = "salient") -> Drawn:
-    """A row per image, a column per fill; the same heatmap and mask throughout, and weight 1.
-
-    ``patch`` takes from the image above, the first row from the last; in training it takes from the batch.
-    """
+    """A row per image, a column per fill, with weight 1; ``patch`` takes from the image above, else from the batch."""
     images, table, columns = masking.to_float(made.originals), [], ["image", "fill", "mean_change"]
     if len(images) == 0:
         return _empty("no image qualifies", columns)
@@ -330,16 +323,13 @@ def with_and_without(pairs: pd.DataFrame) -> Drawn:
     ax.set(xlim=(-0.6, len(arms) - 0.4), ylabel="test accuracy")
     ax.margins(y=0.35)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    _key(figure, [_dot(PLAIN, "plain"), _dot(PROXIED, "with proxies")])
+    _key(figure, ARMS)
     return figure, pairs
 
 
 @styled
 def accuracy_by(frame: pd.DataFrame) -> Drawn:
-    """Validation accuracy, a panel per parameter and a dot per run with proxies; plain runs beside the schedules.
-
-    Descriptive: runs that differ in a panel's parameter may differ in others, too.
-    """
+    """Validation accuracy, a panel per parameter and a dot per run with proxies; plain runs beside the schedules."""
     done, rows, by = usable(frame), [], ("schedule", "xai", "threshold", "weight", "fraction")
     figure, axes = _new(1, len(by), width=2.1 * len(by), height=3.2, sharey=True)
     for ax, name in zip(axes.flat, by, strict=True):
@@ -355,7 +345,7 @@ def accuracy_by(frame: pd.DataFrame) -> Drawn:
     axes[0, 0].set_ylabel("validation accuracy")
     axes[0, 0].margins(y=0.2)
     axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    _key(figure, [_dot(PLAIN, "plain"), _dot(PROXIED, "with proxies")])
+    _key(figure, ARMS)
     columns = ["parameter", "value", "run", "seed", "val_accuracy"]
     return figure, pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)
 
@@ -378,16 +368,13 @@ def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> Drawn:
         ax.set_yticks(y, [f"{_short(f'{row.arm} − {row.against}', 56)}  (n = {row.n})" for row in rows.itertuples()])
         label = f"difference in {metric.replace('_', ' ')}, in points, 95 % interval"
         ax.set(title=", ".join(map(str, key)), xlabel=label)
-    _key(figure, [_dot(DECLARED, "declared"), _dot(NEUTRAL, "descriptive"), Patch(label=WITHIN_MARGIN, **BAND)])
+    _key(figure, {"declared": DECLARED, "descriptive": NEUTRAL}, Patch(label=WITHIN_MARGIN, **BAND))
     return figure, shown
 
 
 @styled
 def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapping[str, str]]) -> Drawn:
-    """A table of `statistics.compare`, a panel per parameter: the difference over its values, with intervals.
-
-    ``around`` is the arm in every panel; ``values`` has parameter -> arm -> its value there, in the order to draw.
-    """
+    """A panel per parameter: ``values`` has parameter -> arm -> its value there; ``around`` is the arm in all panels."""
     shown = table[(table["metric"] == "test_accuracy") & table["difference"].notna()]
     values = {name: {arm: v for arm, v in arms.items() if arm in set(shown["arm"])} for name, arms in values.items()}
     if shown.empty or not any(values.values()):
@@ -402,11 +389,11 @@ def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapp
             _difference(ax, place, rows[arm], colour=PROXIED, upright=True, hollow=arm != around)
         ax.set_xticks(range(len(arms)), arms.values(), rotation=35, ha="right")
         ax.set(xlim=(-0.6, len(arms) - 0.4), title=name)
-    n = " to ".join(str(count) for count in sorted({shown["n"].min(), shown["n"].max()}))
+    n = " to ".join(map(str, sorted({shown["n"].min(), shown["n"].max()})))
     label = f"test accuracy, difference to {shown['against'].iloc[0]}\nin points, 95 % interval (n = {n})"
     axes[0, 0].set_ylabel(label)
-    dots = [_dot(PROXIED, f"{around}, in every panel"), _dot(PROXIED, "one parameter changed", mfc="white")]
-    _key(figure, [*dots, Patch(label=WITHIN_MARGIN, **BAND)])
+    others = Line2D([], [], ls="", marker="o", ms=5, color=PROXIED, mfc="white", label="one parameter changed")
+    _key(figure, {f"{around}, in every panel": PROXIED}, others, Patch(label=WITHIN_MARGIN, **BAND))
     return figure, shown
 
 
@@ -430,7 +417,7 @@ def decomposition(table: pd.DataFrame) -> Drawn:
         ax.axvline(0, color=NEUTRAL, lw=0.8)
         title = f"{key[0]}: beyond the test accuracy of\n{key[1]}"
         ax.set(ylim=(0.2, most + 0.3), title=title, xlabel="points, 95 % interval")
-    _key(figure, [Patch(color=colour, label=name) for name, colour in COMPONENT_COLOURS.items()])
+    _key(figure, COMPONENT_COLOURS)
     return figure, table
 
 
@@ -462,11 +449,11 @@ def class_changes(table: pd.DataFrame, *, most: int = 10) -> Drawn:
     figure, ((ax,),) = _new(1, 1, width=6.5, height=0.34 * len(shown) + 1.4)
     y = np.arange(len(shown))
     ax.hlines(y, shown["f1_plain"], shown["f1_proxy"], color=NEUTRAL, lw=1)
-    ax.scatter(shown["f1_plain"], y, edgecolors=PLAIN, facecolors="none", s=55, zorder=2)
+    ax.scatter(shown["f1_plain"], y, color=PLAIN, s=50, zorder=2)
     ax.scatter(shown["f1_proxy"], y, color=PROXIED, s=25, zorder=3)
     changes = ["" if pd.isna(d) else f"{round(100 * d, 1) + 0.0:+.1f}, " for d in shown["f1_change"]]
     labels = [f"{_short(c)}  ({d}n = {s})" for c, d, s in zip(shown["class"], changes, shown["support"], strict=True)]
     ax.set_yticks(y, labels)
     ax.set_xlabel("F1 on the test images (change in points, test images of the class)")
-    _key(figure, [_dot(PLAIN, "plain", mfc="none"), _dot(PROXIED, "with proxies")])
+    _key(figure, ARMS)
     return figure, table

@@ -6,6 +6,7 @@ import os
 import shlex
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pa_core.params import PARAMETERS, PROXY_PARAMETERS, SCHEMA, Experiment
 from pa_core.runs import FINISHED, Run, code_version, read_metrics
 
 MEASURED = "val_accuracy test_accuracy balanced_accuracy reported_accuracy epochs train_seconds proxy_seconds".split()
-"""Columns that are there even while no run has finished; any other number of a summary.json gets a column, too."""
+"""Columns that are always there; any other number of a summary.json gets one, too."""
 _IDENTITY = "digest status started data_digest split_digest weights_digest device_name".split()
 _RESOLVED = ("batch_size", "precision")
 """Parameters that may be ``auto``: what that was stands in columns ``used_batch_size`` and ``used_precision``."""
@@ -46,8 +47,7 @@ def load(runs_dir: str = "runs", *, epochs: bool = False) -> pd.DataFrame:
     home = runs_home(runs_dir)
     rows = _rows(home)
     known = ["run", "stale", *_IDENTITY, *PARAMETERS, *(f"used_{name}" for name in _RESOLVED)]
-    names = dict.fromkeys([*MEASURED, *(name for row in rows for name in row)])
-    measured = [name for name in names if name not in known]
+    measured = [name for name in dict.fromkeys([*MEASURED, *chain.from_iterable(rows)]) if name not in known]
     frame = pd.DataFrame({name: [row.get(name) for row in rows] for name in (*known, *measured)})
     frame = frame.astype(dict.fromkeys(measured, float) | {"stale": bool})
     steps = {text: schedule.steps(text) for text in frame["schedule"].unique()}
