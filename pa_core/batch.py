@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pa_core import augment, masking
 from pa_core.attribution import upsampled
-from pa_core.augment import Generators, Geometry, Maps
+from pa_core.augment import Draws, Geometry
 from pa_core.data import Part, send
 from pa_core.params import Experiment
 
@@ -78,14 +78,7 @@ class Batch:
 
 
 def make(
-    images: Tensor,
-    *,
-    labels: Tensor,
-    classes: int,
-    pool: Pool,
-    index: Tensor,
-    experiment: Experiment,
-    draws: Generators,
+    images: Tensor, labels: Tensor, *, classes: int, pool: Pool, index: Tensor, experiment: Experiment, draws: Draws
 ) -> Batch:
     """The batch at some positions of a pool, augmented.
 
@@ -94,35 +87,32 @@ def make(
         labels: int64 [n] on the device.
         classes: how many there are.
         index: int64 [n] on the CPU, positions in the pool.
+        draws: generators of this epoch.
     """
-    e, n = experiment, len(images)
-    by_map = e.erase_region != "anywhere" or e.mix_labels == "attention"
+    e, n, size = experiment, len(images), images.shape[-1]
+    looked_at = e.erase_region != "anywhere" or e.mix_labels == "attention"
     masked = pool.proxied[index] & (torch.rand(n, generator=draws["proxy"]) < e.proxy_probability)
-    rows = torch.nonzero((pool.row[index] >= 0) if by_map else masked).squeeze(1)
-    move = Geometry.draw(n, images.shape[-1], kinds=e.augmentations, draws=draws)
-    pixels = masking.to_float(move.apply(images))
-    maps = Maps.none(pixels)
+    rows = torch.nonzero((pool.row[index] >= 0) if looked_at else masked).squeeze(1)
+    move = Geometry.draw(n, size, kinds=e.augmentations, draws=draws)
+    pixels, maps = masking.to_float(move.apply(images)), None
     if len(rows):
-        maps = Maps(rows=send(rows, pixels.device), values=move.of(rows).apply(_maps(pool, index[rows], pixels)))
-    changed = torch.nonzero(masked[rows]).squeeze(1)  # of the rows with maps
-    if len(changed):
-        pixels, _ = proxied(pixels, maps.at(changed, rows), experiment=e, draws=draws)
-    weights = None
-    if pool.withheld.any():
-        weights = send((~pool.withheld[index]).float(), pixels.device)
-    pixels, mixing = augment.change(pixels, maps, experiment=e, draws=draws)
-    targets = labels if mixing is None else mixing.targets(labels, classes=classes)
+        values, there = move.of(rows).apply(maps_of(pool, index[rows], size, images.device)), send(rows, images.device)
+        if looked_at:
+            maps = values if len(rows) == n else values.new_zeros(n, size, size).index_copy(0, there, values)
+            chosen = send(torch.nonzero(masked[rows]).squeeze(1), images.device)
+            values, there = values[chosen], there[chosen]
+        if len(there):
+            pixels, _ = proxied(pixels, there, values, experiment=e, draws=draws)
+    pixels, targets = augment.change(pixels, labels, maps, classes=classes, experiment=e, draws=draws)
+    weights = send((~pool.withheld[index]).float(), images.device) if pool.withheld.any() else None
     return Batch(images=laid_out(pixels), targets=targets, weights=weights)
 
 
-def unaugmented(images: Tensor, *, pool: Pool, index: Tensor, experiment: Experiment, draws: Generators) -> Tensor:
+def unaugmented(images: Tensor, *, pool: Pool, index: Tensor, experiment: Experiment, draws: Draws) -> Tensor:
     """The images at some positions of a pool with every proxy masked, and nothing else changed."""
-    pixels = masking.to_float(images)
-    rows = torch.nonzero(pool.proxied[index]).squeeze(1)
-    if len(rows):
-        maps = Maps(rows=send(rows, pixels.device), values=_maps(pool, index[rows], pixels))
-        pixels, _ = proxied(pixels, maps, experiment=experiment, draws=draws)
-    return laid_out(pixels)
+    pixels, rows = masking.to_float(images), torch.nonzero(pool.proxied[index]).squeeze(1)
+    values = maps_of(pool, index[rows], images.shape[-1], images.device)
+    return laid_out(proxied(pixels, send(rows, images.device), values, experiment=experiment, draws=draws)[0])
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -140,45 +130,35 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def _maps(pool: Pool, index: Tensor, images: Tensor) -> Tensor:
-    """Upsampled maps float32 [m, S, S] of positions of the pool, on the images' device."""
+def maps_of(pool: Pool, index: Tensor, size: int, device: torch.device) -> Tensor:
+    """Upsampled maps float32 [m, S, S] in [0, 1] of positions of a pool that have one, int64 [m]."""
     stored = pool.maps.index_select(0, send(pool.row[index], pool.maps.device))
-    return upsampled(send(stored, images.device), images.shape[-1])
+    return upsampled(send(stored, device), size)
 
 
-def proxied(images: Tensor, maps: Maps, *, experiment: Experiment, draws: Generators) -> tuple[Tensor, Tensor]:
-    """The batch with the images that have a map masked: `masking.region`, then `masking.apply`.
+def proxied(
+    images: Tensor, rows: Tensor, maps: Tensor, *, experiment: Experiment, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """A batch in which some images are masked: `masking.region`, then `masking.apply`.
 
     What is random in a fill is drawn anew at each draw; ``patch`` fills with another image of the batch.
 
     Args:
         images: float32 [n, 3, S, S] in [0, 1].
+        rows: int64 [m], the images to mask, on their device.
+        maps: float32 [m, S, S] in [0, 1].
 
     Returns:
-        the images, and the masks bool [m, S, S] of those with a map.
+        the images, and the masks bool [m, S, S].
     """
     e, n = experiment, len(images)
-    mask = masking.region(
-        maps.values,
-        mask_region=e.mask_region,
-        threshold_mode=e.threshold_mode,
-        threshold=e.threshold,
-        max_share=e.max_share,
-    )
+    rule = {"mask_region": e.mask_region, "threshold_mode": e.threshold_mode, "threshold": e.threshold}
+    mask = masking.region(maps, **rule, max_share=e.max_share)
     donors = None
     if e.fill == "patch":
         shift = torch.randint(1, max(n, 2), (n,), generator=draws["patch"])
-        donors = images.index_select(0, send((torch.arange(n) + shift) % n, images.device).index_select(0, maps.rows))
+        donors = images.index_select(0, send((torch.arange(n) + shift) % n, images.device).index_select(0, rows))
     seed = int(torch.randint(2**62, (1,), generator=draws["noise"])) if e.fill == "noise" else 0
-    changed = masking.apply(
-        images.index_select(0, maps.rows),
-        maps.values,
-        mask,
-        fill=e.fill,
-        weight=e.weight,
-        mask_region=e.mask_region,
-        feather=e.feather,
-        seed=seed,
-        donors=donors,
-    )
-    return images.index_copy(0, maps.rows, changed), mask
+    how = {"fill": e.fill, "weight": e.weight, "feather": e.feather, "mask_region": e.mask_region}
+    changed = masking.apply(images.index_select(0, rows), maps, mask, **how, seed=seed, donors=donors)
+    return images.index_copy(0, rows, changed), mask

@@ -175,7 +175,7 @@ def _begin(prepared: Prepared, log: Log) -> Walk:
     else:
         _continue(walk, checkpoint)
         manifest["resumed"] = [*manifest.get("resumed", []), {"epoch": state.epoch, "time": runs.now()}]
-    runs.restore_metrics(path, walk.rows)
+    runs.write_metrics(path, walk.rows)
     compiled = _compile(walk) if e.compile else None
     files.write_json(path / "manifest.json", {**manifest, "status": runs.RUNNING, "error": None, "compile": compiled})
     return walk
@@ -296,7 +296,7 @@ def epoch(walk: Walk, event: Event) -> None:
     if stage.reported is not None:
         row["reported_accuracy"] = _evaluate(walk, stage.reported, proxies=True).accuracy
     walk.rows.append(row)
-    runs.append_metrics(walk.path, row)
+    runs.write_metrics(walk.path, walk.rows)
     for name, value in row.items():
         if name not in ("epoch", "stage"):
             walk.board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])

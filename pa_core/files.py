@@ -41,33 +41,24 @@ def runs_home(runs_dir: str = "runs") -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write, of a full disk for one, into an error that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own over it
-        if not isinstance(cause, OSError):
-            raise
-        raise RunError(
-            f"{shown(path)} cannot be written ({cause.strerror}); what was there before is intact"
-        ) from error
-
-
-@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; what was written there takes its place at the end, or not at all.
 
     Raises:
-        RunError: it could not be written.
+        RunError: it could not be written, for example on a full disk.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with writing(path):
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own over it
+        if not isinstance(cause, OSError):
+            raise
+        text = f"{shown(path)} cannot be written ({cause.strerror}); what was there before is intact"
+        raise RunError(text) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -78,11 +69,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's content, ``{}`` where there is none.
-
-    Raises:
-        RunError: it is damaged.
-    """
+    """A file's names and values, ``{}`` where there is no file; RunError where it is damaged."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -121,11 +108,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Names and values of a YAML file; an empty file has none.
-
-    Raises:
-        ParameterError: it cannot be read, or it holds something else.
-    """
+    """Names and values of a YAML file, an empty file has none; ParameterError where it holds anything else."""
     try:
         content = yaml.load(Path(path).read_text(), _Loader) or {}  # noqa: S506, a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -20,11 +20,11 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from pa_core import attribution, batch, selection
-from pa_core.augment import Generators, Maps
+from pa_core.augment import generators
 from pa_core.batch import Pool, memory_format, to_pixels
 from pa_core.data import Part, send
 from pa_core.device import autocast
-from pa_core.masking import to_uint8
+from pa_core.masking import to_float, to_uint8
 from pa_core.models import Classifier
 from pa_core.params import Experiment, derived_seed
 from pa_core.train import evaluate, evaluation_batch, feed
@@ -266,13 +266,11 @@ def made(part: Part, positions: Tensor, maps: Tensor, experiment: Experiment, *,
         maps: float16 [n, h, w] in [0, 1], as they are stored.
         seed: of what is random in a fill.
     """
-    originals = part.read(positions).to(maps.device)
-    pixels, rows = to_pixels(originals), torch.arange(len(positions), device=maps.device)
-    values = attribution.upsampled(maps, part.shape[-1])
+    originals, values = part.read(positions).to(maps.device), attribution.upsampled(maps, part.shape[-1])
     if not experiment.masks:
         return Proxies(originals=originals, maps=values, mask=torch.zeros_like(values).bool(), images=originals)
-    draws = Generators(seed, 0)
-    images, mask = batch.proxied(pixels, Maps(rows=rows, values=values), experiment=experiment, draws=draws)
+    rows, draws = torch.arange(len(positions), device=maps.device), generators(seed, 0)
+    images, mask = batch.proxied(to_float(originals), rows, values, experiment=experiment, draws=draws)
     return Proxies(originals=originals, maps=values, mask=mask, images=to_uint8(images))
 
 

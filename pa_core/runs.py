@@ -9,9 +9,9 @@
     proxies/step_1/      of the proxy step: maps.npy, positions.npy, proxies.csv, and the first proxies as proxies.png
     tensorboard/
 
-Every file but the metrics is replaced as a whole, so that a reader or a killed process finds the old or the new one.
-The directory's name holds the run's digest and the code version: a run that other code made is never found in its
-place, and made anew beside it.
+Every file is replaced as a whole, so that a reader or a killed process finds the old or the new one. The directory's
+name holds the run's digest and the code version: a run that other code made is never found in its place, and made anew
+beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import json
 import os
 import pickle
 import platform
-import struct
 import subprocess
 import zipfile
 import zlib
@@ -40,30 +39,21 @@ from safetensors.torch import load_file, save_file
 
 from pa_core import models
 from pa_core.errors import RunError
-from pa_core.files import home, read_json, replacing, shown, write_json, writing
+from pa_core.files import home, read_json, replacing, shown, write_json
 from pa_core.params import SCHEMA, Experiment
 
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's directory, read on demand.
-
-    Attributes:
-        path: the directory.
-    """
+    """One run's directory, read on demand."""
 
     path: Path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Run:
-        """Open an existing run.
-
-        Raises:
-            RunError: there is no manifest in the directory.
-        """
+        """Open an existing run; RunError where there is no manifest in the directory."""
         run = cls(Path(path))
         if not (run.path / "manifest.json").is_file():
             raise RunError(f"{path} is no run directory: it has no manifest.json")
@@ -89,8 +79,12 @@ class Run:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """A row per epoch."""
-        return pd.DataFrame(read_metrics(self.path))
+        """A row per epoch; RunError where the file is damaged."""
+        file = self.path / "metrics.jsonl"
+        try:
+            return pd.DataFrame([json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else [])
+        except ValueError as error:
+            raise RunError(f"{shown(file)} is damaged ({error})") from error
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -116,15 +110,10 @@ class Run:
         return pd.read_csv(self.step(step) / "proxies.csv", dtype={"id": str}, keep_default_na=False)
 
     def model(self, device: str | torch.device = "cpu") -> models.Classifier:
-        """The trained classifier of a finished run, in eval mode.
-
-        Raises:
-            RunError: the run is not finished.
-        """
-        path = self.path / "weights.safetensors"
+        """The trained classifier of a finished run, in eval mode; RunError where it has not finished."""
+        path, e, manifest = self.path / "weights.safetensors", self.experiment, self.manifest
         if not path.is_file():
-            raise RunError(f"{self.path} holds no weights: its status is {self.manifest.get('status')}")
-        e, manifest = self.experiment, self.manifest
+            raise RunError(f"{self.path} holds no weights: its status is {manifest.get('status')}")
         size, classes = manifest["image_size"], len(manifest["classes"])
         model = models.create(e.model, classes=classes, image_size=size, cam_layer=e.cam_layer)
         model.network.load_state_dict(load_file(path))
@@ -143,67 +132,33 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False)
 
 
-def update_manifest(path: Path, **changes: Any) -> None:
-    write_json(path / "manifest.json", Run(path).manifest | changes)
-
-
-# Metrics: a line per epoch, appended; on resume written anew as the checkpoint has them
-
-
-def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    with writing(path / "metrics.jsonl"), open(path / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl. A last line without its end, from a process killed while writing, is left out.
-
-    Raises:
-        RunError: a line is damaged.
-    """
-    file = path / "metrics.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise RunError(f"{shown(file)} is damaged in line {number}") from None
-    return rows
-
-
-def restore_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Make metrics.jsonl hold the checkpoint's rows, whatever came after them or became of it."""
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
     with replacing(path / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# Checkpoint
+def update_manifest(path: Path, **changes: Any) -> None:
+    write_json(path / "manifest.json", Run(path).manifest | changes)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Raises RunError when it cannot be written; the one before is then as it was."""
     with replacing(path / "checkpoint.pt") as temporary:
         torch.save(state, temporary)
 
 
-def load_checkpoint(path: Path, log: Log = print) -> dict[str, Any] | None:
+def load_checkpoint(path: Path, log: Callable[[str], None] = print) -> dict[str, Any] | None:
     """The checkpoint, on the CPU, or None. One that is damaged is named and removed: the run starts over."""
     file = path / "checkpoint.pt"
     if not file.is_file():
         return None
-    broken = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, ValueError)
+    broken = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError)
     try:
         with zipfile.ZipFile(file) as archive:
-            bad = archive.testzip()  # torch.save writes checksums that torch.load does not compare
-        if bad is None:
+            damaged = archive.testzip()  # torch.save writes checksums that torch.load does not compare
+        if damaged is None:
             return torch.load(file, map_location="cpu", weights_only=True)
-        reason = f"the checksum of {bad} is wrong"
-    except (*broken, EOFError, KeyError, OSError) as error:
+        reason = f"the checksum of {damaged} is wrong"
+    except (*broken, OSError) as error:
         reason = " ".join(str(error).split()[:12]) or type(error).__name__
     log(f"{shown(file)} is damaged ({reason}); the run starts over")
     file.unlink()
@@ -242,8 +197,8 @@ def _code(source: str) -> str:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            texts = [n for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
-            node.body = [n for n in body if n not in texts] or [ast.Pass()]  # pyright: ignore
+            kept = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+            node.body = kept or [ast.Pass()]  # pyright: ignore
     return ast.unparse(tree)
 
 
@@ -267,6 +222,7 @@ def now() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return device.type if device.type == "mps" else f"CPU {platform.machine()}"
+    cuda = device.type == "cuda"
+    return (
+        torch.cuda.get_device_name(device) if cuda else "mps" if device.type == "mps" else f"CPU {platform.machine()}"
+    )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pa_core import batch, models
-from pa_core.augment import Generators
+from pa_core.augment import generators
 from pa_core.batch import Pool, memory_format, to_pixels
 from pa_core.data import Part, send
 from pa_core.device import autocast
@@ -100,7 +100,7 @@ def train_one_epoch(
     """
     started, epoch, e = time.perf_counter(), state.epoch + 1, experiment
     state.model.train()
-    generators = Generators(e.seed, epoch)
+    random = generators(e.seed, epoch)
     order = list(batches(len(pool), draws=draws, batch_size=batch_size, seed=e.seed, epoch=epoch))
     labels = send(pool.labels[torch.cat(order)], state.device).split([len(index) for index in order])
     losses = torch.zeros(len(order), device=state.device)
@@ -108,13 +108,7 @@ def train_one_epoch(
     lr = 0.0
     for step, images in enumerate(feed(pool.part, [pool.origin[index] for index in order], state.device)):
         made = batch.make(
-            images,
-            labels=labels[step],
-            classes=state.model.classes,
-            pool=pool,
-            index=order[step],
-            experiment=e,
-            draws=generators,
+            images, labels[step], classes=state.model.classes, pool=pool, index=order[step], experiment=e, draws=random
         )
         with state.autocast():
             logits = state.forward(made.images)
@@ -211,12 +205,12 @@ def evaluate(
     started, training = time.perf_counter(), model.training
     model.eval()
     order = torch.arange(len(pool)).split(evaluation_batch(pool.part))
-    generators, logits = Generators(0, 0), []
+    random, logits = generators(0, 0), []
     for index, images in zip(order, feed(pool.part, [pool.origin[i] for i in order], device), strict=True):
         if experiment is None:
             pixels = to_pixels(images)
         else:
-            pixels = batch.unaugmented(images, pool=pool, index=index, experiment=experiment, draws=generators)
+            pixels = batch.unaugmented(images, pool=pool, index=index, experiment=experiment, draws=random)
         with autocast(device, dtype):
             logits.append(model(pixels).float())
     model.train(training)
