@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from pa_core import batch, masking, runs
-from pa_core.augment import Generators
+from pa_core.augment import generators
 from pa_core.data import Dataset, Part
 from pa_core.errors import ParameterError
 from pa_core.files import home
@@ -187,16 +187,15 @@ def class_balance(dataset: Dataset) -> Drawn:
 @styled
 def augmented(dataset: Dataset, experiment: Experiment, *, columns: int = 10, draws: int = 3) -> Drawn:
     """The first training images as they are, and below them as the network sees them in some epochs."""
-    part, index = dataset.train, torch.arange(min(columns, len(dataset.train)))
-    originals = part.read(index).cpu()
-    whole = {"labels": part.labels[index], "classes": len(dataset.classes), "pool": batch.Pool.of(part), "index": index}
+    part, e, index = dataset.train, experiment, torch.arange(min(columns, len(dataset.train)))
+    originals, whole = part.read(index).cpu(), {"classes": len(dataset.classes), "pool": batch.Pool.of(part)}
     rows, table = {"original": [(image,) for image in originals]}, []
     for k in range(1, draws + 1):
-        drawn = batch.make(originals, experiment=experiment, draws=Generators(experiment.seed, k), **whole)
-        images = masking.to_uint8(drawn.images)
+        how = {"index": index, "experiment": e, "draws": generators(e.seed, k), **whole}
+        images = masking.to_uint8(batch.make(originals, part.labels[index], **how).images)
         rows[f"draw {k}"] = [(image,) for image in images]
         changed = (images != originals).any(1).float().mean((1, 2)).tolist()
-        table += [[part.ids[i], k, experiment.augment, share] for i, share in enumerate(changed)]
+        table += [[part.ids[i], k, e.augment, share] for i, share in enumerate(changed)]
     return _grid(rows, cell=(0.9, 0.95)), pd.DataFrame(table, columns=["id", "draw", "kinds", "changed_pixels"])
 
 
@@ -320,8 +319,7 @@ def with_and_without(pairs: pd.DataFrame) -> Drawn:
         ax.scatter([i + 0.15] * len(rows), both[:, 1], color=PROXIED)
         _note(ax, i, both.max(), f"{100 * rows['test_accuracy_difference'].mean():+.1f} points\nn = {len(rows)}")
     ax.set_xticks(range(len(arms)), [str(label) for label, _ in arms])
-    ax.set(xlim=(-0.6, len(arms) - 0.4), ylabel="test accuracy")
-    ax.margins(y=0.35)
+    ax.set(xlim=(-0.6, len(arms) - 0.4), ylabel="test accuracy", ymargin=0.35)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     _key(figure, ARMS)
     return figure, pairs
@@ -342,8 +340,7 @@ def accuracy_by(frame: pd.DataFrame) -> Drawn:
             rows.append(group.assign(parameter=name, value=group[name].astype(object)))
         ax.set_xticks(range(len(groups)), [str(v) for v, _ in groups], rotation=30 if len(groups) > 2 else 0)
         ax.set(xlim=(-0.6, max(len(groups), 1) - 0.4), title=name)
-    axes[0, 0].set_ylabel("validation accuracy")
-    axes[0, 0].margins(y=0.2)
+    axes[0, 0].set(ylabel="validation accuracy", ymargin=0.2)
     axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     _key(figure, ARMS)
     columns = ["parameter", "value", "run", "seed", "val_accuracy"]
@@ -374,7 +371,7 @@ def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> Drawn:
 
 @styled
 def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapping[str, str]]) -> Drawn:
-    """A panel per parameter: ``values`` has parameter -> arm -> its value there; ``around`` is the arm in all panels."""
+    """A panel per parameter: ``values`` has parameter -> arm -> its value; the arm ``around`` stands in each."""
     shown = table[(table["metric"] == "test_accuracy") & table["difference"].notna()]
     values = {name: {arm: v for arm, v in arms.items() if arm in set(shown["arm"])} for name, arms in values.items()}
     if shown.empty or not any(values.values()):

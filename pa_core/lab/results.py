@@ -18,16 +18,13 @@ from pa_core.files import read_json, runs_home
 from pa_core.lab import statistics
 from pa_core.lab.statistics import Contrast
 from pa_core.params import PARAMETERS, PROXY_PARAMETERS, SCHEMA, Experiment
-from pa_core.runs import FINISHED, Run, code_version, read_metrics
+from pa_core.runs import FINISHED, Run, code_version
 
 MEASURED = "val_accuracy test_accuracy balanced_accuracy reported_accuracy epochs train_seconds proxy_seconds".split()
 """Columns that are always there; any other number of a summary.json gets one, too."""
 _IDENTITY = "digest status started data_digest split_digest weights_digest device_name".split()
 _RESOLVED = ("batch_size", "precision")
 """Parameters that may be ``auto``: what that was stands in columns ``used_batch_size`` and ``used_precision``."""
-
-
-# Loading
 
 
 def load(runs_dir: str = "runs", *, epochs: bool = False) -> pd.DataFrame:
@@ -88,18 +85,18 @@ def _left_out(names: Sequence[str], why: str) -> None:
 
 
 def _epochs(home: Path, frame: pd.DataFrame) -> pd.DataFrame:
-    rows, kept, damaged = [], [], []
+    tables, kept, damaged = [], [], []
     for position, name in enumerate(frame["run"]):
         try:
-            read = read_metrics(home / name)
+            tables.append(Run(home / name).metrics)
         except RunError as error:
             damaged.append(str(error))
-            continue
-        rows += read
-        kept += [position] * len(read)
+        else:
+            kept += [position] * len(tables[-1])
     _left_out(damaged, "have damaged metrics")
+    measured = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     known = frame.iloc[kept].reset_index(drop=True)
-    return pd.concat([known, pd.DataFrame(rows).drop(columns=list(known.columns), errors="ignore")], axis=1)
+    return pd.concat([known, measured.drop(columns=list(known.columns), errors="ignore")], axis=1)
 
 
 def usable(frame: pd.DataFrame) -> pd.DataFrame:
