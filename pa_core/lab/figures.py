@@ -32,15 +32,14 @@ from pa_core.runs import Run
 from pa_core.selection import Scores
 
 Drawn = tuple[Figure, pd.DataFrame]
-
-# One colour per meaning; Okabe & Ito 2008: told apart with any colour vision
+# One colour per meaning (Okabe & Ito 2008)
 PLAIN, PROXIED, WRONG, NEUTRAL, DECLARED = "#0072B2", "#E69F00", "#D55E00", "#888888", "#000000"
 ARMS = {"plain": PLAIN, "with proxies": PROXIED}
 OTHERS = ("#009E73", "#CC79A7", "#56B4E9")
 PARTS = {"train": "#444444", "val": "#888888", "test": "#CCCCCC"}
 COMPONENT_COLOURS = dict(zip(COMPONENTS, ("#CC79A7", "#CCCCCC", "#56B4E9", PROXIED, "#444444"), strict=True))
-BAND: dict[str, Any] = {"color": NEUTRAL, "alpha": 0.2, "lw": 0}
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
+BAND: Any = {"color": NEUTRAL, "alpha": 0.2, "lw": 0}
+STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 160, "svg.fonttype": "none"}
 STYLE |= {"svg.hashsalt": "pa"}  # the same figure gives the same file
 styled = matplotlib.rc_context(STYLE)
@@ -64,7 +63,7 @@ class Album:
         try:
             figures_home(self.figures_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            allowed = f"must be a folder that can be written ({error.strerror})"
+            allowed = f"must be a writable folder ({error.strerror})"
             raise ParameterError("figures_dir", self.figures_dir, allowed) from error
 
     @styled
@@ -73,8 +72,8 @@ class Album:
     ) -> Path:
         """Write NAME.png, .svg, .csv (what was drawn) and .json (from which runs, or what else, code and command)."""
         path = figures_home(self.figures_dir) / name
-        figure.savefig(path.with_suffix(".png"), bbox_inches="tight", metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+        for suffix, metadata in ((".png", "Software"), (".svg", "Date")):
+            figure.savefig(path.with_suffix(suffix), bbox_inches="tight", metadata={metadata: None})
         table.to_csv(path.with_suffix(".csv"), index=False)
         manifests = {run.path.name: run.manifest for run in used if run is not None}
         provenance = {
@@ -103,8 +102,8 @@ def _empty(text: str, columns: Iterable[str]) -> Drawn:
     return figure, pd.DataFrame(columns=list(columns))
 
 
-def _grid(rows: Mapping[str, Sequence[tuple]], *, cell: tuple[float, float]) -> Figure:
-    """Label -> a row of pictures, each the arguments of :func:`_picture`; ``cell`` is the size of one in inches."""
+def _grid(rows: Mapping[str, Any], *, cell: tuple[float, float]) -> Figure:
+    """Label -> a row of images, or of the arguments of :func:`_picture`; ``cell`` is the size of one in inches."""
     columns = max(map(len, rows.values()))
     figure, axes = _new(len(rows), columns, width=cell[0] * columns + 0.8, height=cell[1] * len(rows) + 0.3)
     for row, (name, pictures) in zip(axes, rows.items(), strict=True):
@@ -113,7 +112,7 @@ def _grid(rows: Mapping[str, Sequence[tuple]], *, cell: tuple[float, float]) -> 
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
         for ax, picture in zip(row, pictures, strict=False):
-            _picture(ax, *picture)
+            _picture(ax, *(picture if isinstance(picture, tuple) else (picture,)))
     return figure
 
 
@@ -137,8 +136,8 @@ def _note(ax: Axes, x: float, y: float, text: str) -> None:
 
 def _key(figure: Figure, dots: Mapping[str, str], *more: Any) -> None:
     """A legend below the figure: label -> colour of a dot, and other handles."""
-    handles = [Line2D([], [], ls="", marker="o", ms=5, color=c, label=k) for k, c in dots.items()]
-    figure.legend(handles=[*handles, *more], loc="outside lower center", ncols=min(len(handles) + len(more), 5))
+    handles = [Line2D([], [], ls="", marker="o", ms=5, color=c, label=k) for k, c in dots.items()] + list(more)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
 
 
 def _difference(ax: Axes, place: float, row: Any, *, colour: str, upright: bool = False, hollow: bool = False) -> None:
@@ -153,9 +152,9 @@ def _difference(ax: Axes, place: float, row: Any, *, colour: str, upright: bool 
 def samples(dataset: Dataset, *, per_class: int = 8, most_classes: int = 10) -> Drawn:
     """The first training images of each class (of the first ``most_classes``), a row per class."""
     part, rows, table = dataset.train, {}, []
-    for c, name in enumerate(list(dataset.classes)[:most_classes]):
+    for c, name in enumerate(dataset.classes[:most_classes]):
         positions = (part.labels == c).nonzero().flatten()[:per_class]
-        rows[name] = [(image,) for image in part.read(positions)]
+        rows[name] = part.read(positions)
         table += [{"class": name, "id": part.ids[i]} for i in positions.tolist()]
     return _grid(rows, cell=(0.8, 0.8)), pd.DataFrame(table)
 
@@ -189,11 +188,10 @@ def augmented(dataset: Dataset, experiment: Experiment, *, columns: int = 10, dr
     """The first training images as they are, and below them as the network sees them in some epochs."""
     part, e, index = dataset.train, experiment, torch.arange(min(columns, len(dataset.train)))
     originals, whole = part.read(index).cpu(), {"classes": len(dataset.classes), "pool": batch.Pool.of(part)}
-    rows, table = {"original": [(image,) for image in originals]}, []
+    rows, table = {"original": originals}, []
     for k in range(1, draws + 1):
         how = {"index": index, "experiment": e, "draws": generators(e.seed, k), **whole}
-        images = masking.to_uint8(batch.make(originals, part.labels[index], **how).images)
-        rows[f"draw {k}"] = [(image,) for image in images]
+        images = rows[f"draw {k}"] = masking.to_uint8(batch.make(originals, part.labels[index], **how).images)
         changed = (images != originals).any(1).float().mean((1, 2)).tolist()
         table += [[part.ids[i], k, e.augment, share] for i, share in enumerate(changed)]
     return _grid(rows, cell=(0.9, 0.95)), pd.DataFrame(table, columns=["id", "draw", "kinds", "changed_pixels"])
@@ -219,7 +217,7 @@ def curves(named: Mapping[str, Run]) -> Drawn:
     accuracy.set(title="accuracy, training dashed", xlabel="epoch")
     rate.set(title="learning rate, end of epoch", xlabel="epoch")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     _key(figure, {}, *accuracy.get_legend_handles_labels()[0])
     return figure, pd.concat(tables, ignore_index=True)
 
@@ -251,8 +249,7 @@ def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> Drawn:
     masks = made.mask.to(torch.uint8).mul(255).unsqueeze(1).expand(-1, 3, -1, -1)
     overlaid = [(image, "", heatmap) for image, heatmap in zip(made.originals, made.maps, strict=True)]
     originals = list(zip(made.originals, titles, strict=True))
-    rows = {"original": originals, "heatmap": overlaid, "masked": [(m,) for m in masks]}
-    rows["proxy"] = [(image,) for image in made.images]
+    rows = {"original": originals, "heatmap": overlaid, "masked": masks, "proxy": made.images}
     changed = (made.images != made.originals).any(1)
     table = {"image": [title.replace("\n", " ") for title in titles], "masked_share": made.mask.float().mean((1, 2))}
     table["changed_share"] = changed.float().mean((1, 2))
@@ -261,7 +258,7 @@ def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> Drawn:
 
 @styled
 def fills(made: Proxies, *, mask_region: str = "salient") -> Drawn:
-    """A row per image, a column per fill, with weight 1; ``patch`` takes from the image above, else from the batch."""
+    """A row per image, a column per fill, with weight 1; ``patch`` takes from the image above."""
     images, table, columns = masking.to_float(made.originals), [], ["image", "fill", "mean_change"]
     if len(images) == 0:
         return _empty("no image qualifies", columns)
@@ -320,7 +317,7 @@ def with_and_without(pairs: pd.DataFrame) -> Drawn:
         _note(ax, i, both.max(), f"{100 * rows['test_accuracy_difference'].mean():+.1f} points\nn = {len(rows)}")
     ax.set_xticks(range(len(arms)), [str(label) for label, _ in arms])
     ax.set(xlim=(-0.6, len(arms) - 0.4), ylabel="test accuracy", ymargin=0.35)
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     _key(figure, ARMS)
     return figure, pairs
 
@@ -333,18 +330,17 @@ def accuracy_by(frame: pd.DataFrame) -> Drawn:
     for ax, name in zip(axes.flat, by, strict=True):
         shown = done if name == "schedule" else done[done["proxy_steps"] > 0]
         groups = list(shown.groupby(name))
-        for i, (_, group) in enumerate(groups):
+        for i, (value, group) in enumerate(groups):
             colours = [PROXIED if steps else PLAIN for steps in group["proxy_steps"]]
             ax.scatter([i] * len(group), group["val_accuracy"], c=colours, s=22)
             _note(ax, i, group["val_accuracy"].max(), f"n={len(group)}")
-            rows.append(group.assign(parameter=name, value=group[name].astype(object)))
+            rows += [[name, value, r.run, r.seed, r.val_accuracy] for r in group.itertuples()]
         ax.set_xticks(range(len(groups)), [str(v) for v, _ in groups], rotation=30 if len(groups) > 2 else 0)
         ax.set(xlim=(-0.6, max(len(groups), 1) - 0.4), title=name)
     axes[0, 0].set(ylabel="validation accuracy", ymargin=0.2)
-    axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1))
     _key(figure, ARMS)
-    columns = ["parameter", "value", "run", "seed", "val_accuracy"]
-    return figure, pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)
+    return figure, pd.DataFrame(rows, columns=["parameter", "value", "run", "seed", "val_accuracy"])
 
 
 @styled
@@ -387,8 +383,8 @@ def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapp
         ax.set_xticks(range(len(arms)), arms.values(), rotation=35, ha="right")
         ax.set(xlim=(-0.6, len(arms) - 0.4), title=name)
     n = " to ".join(map(str, sorted({shown["n"].min(), shown["n"].max()})))
-    label = f"test accuracy, difference to {shown['against'].iloc[0]}\nin points, 95 % interval (n = {n})"
-    axes[0, 0].set_ylabel(label)
+    reference = shown["against"].iloc[0]
+    axes[0, 0].set_ylabel(f"difference to {reference}, in points\nof test accuracy, 95 % interval (n = {n})")
     others = Line2D([], [], ls="", marker="o", ms=5, color=PROXIED, mfc="white", label="one parameter changed")
     _key(figure, {f"{around}, in every panel": PROXIED}, others, Patch(label=WITHIN_MARGIN, **BAND))
     return figure, shown
@@ -441,10 +437,9 @@ def confusion(matrix: pd.DataFrame) -> Drawn:
 @styled
 def class_changes(table: pd.DataFrame, *, most: int = 10) -> Drawn:
     """F1 per class of the plain run and the one with proxies: the classes that gained and lost most."""
-    shown = table if len(table) <= most else pd.concat([table.head(most // 2), table.tail(most // 2)])
-    shown = shown.iloc[::-1]
+    ends = table if len(table) <= most else pd.concat([table.head(most // 2), table.tail(most // 2)])
+    shown, y = ends.iloc[::-1], range(len(ends))
     figure, ((ax,),) = _new(1, 1, width=6.5, height=0.34 * len(shown) + 1.4)
-    y = np.arange(len(shown))
     ax.hlines(y, shown["f1_plain"], shown["f1_proxy"], color=NEUTRAL, lw=1)
     ax.scatter(shown["f1_plain"], y, color=PLAIN, s=50, zorder=2)
     ax.scatter(shown["f1_proxy"], y, color=PROXIED, s=25, zorder=3)

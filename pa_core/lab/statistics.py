@@ -180,7 +180,7 @@ def _spread(values: pd.Series) -> dict[str, Any]:
 
 
 def _paired(arm: pd.Series, against: pd.Series, *, test: bool) -> dict[str, Any]:
-    both = arm.index.intersection(against.index, sort=None)
+    both = arm.index.intersection(against.index)
     if test and len(both) > MAX_PAIRS_FOR_P_VALUE:
         allowed = f"must be at most {MAX_PAIRS_FOR_P_VALUE} for a declared contrast: all signs are tried"
         raise ParameterError("seeds", len(both), allowed)
@@ -208,7 +208,7 @@ def checked(runs: pd.DataFrame) -> pd.DataFrame:
     return runs
 
 
-COMPONENTS = ("leak", "baseline gap", "extra data", "masking", "total")
+COMPONENTS: tuple[str, ...] = ("leak", "baseline gap", "extra data", "masking", "total")
 
 
 def decompose(runs: pd.DataFrame, parts: Sequence[Mapping[str, str]]) -> pd.DataFrame:
