@@ -47,13 +47,18 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def numerics(experiment: Experiment) -> Iterator[None]:
-    """``tf32``: float32 products on CUDA in TF32 (10 bits of mantissa); ``deterministic``: only operations that give the
-    same bits again, as PyTorch's notes on reproducibility ask for. The flags are restored afterwards.
+def numerics(experiment: Experiment, *, threads: int | None = None) -> Iterator[None]:
+    """What decides the last bits of a result; all is restored afterwards.
+
+    ``tf32``: float32 products on CUDA in TF32 (10 bits of mantissa). ``deterministic``: only operations that give the
+    same bits again, as PyTorch's notes on reproducibility ask for. ``threads``: how many a run began with, since the
+    sums of a float depend on it.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    matmul, cudnn, before = torch.backends.cuda.matmul, torch.backends.cudnn, torch.get_num_threads()
+    flags = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
     matmul.allow_tf32 = cudnn.allow_tf32 = experiment.tf32
+    torch.set_num_threads(threads or before)
     if experiment.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         cudnn.benchmark = False
@@ -61,8 +66,9 @@ def numerics(experiment: Experiment) -> Iterator[None]:
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, deterministic = before
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = flags
         torch.use_deterministic_algorithms(deterministic)
+        torch.set_num_threads(before)
 
 
 AUTO_BATCHES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from pa_core.errors import ParameterError, RunError
 from pa_core.files import shown
 from pa_core.params import SCHEMA, Experiment, derived_seed
 from pa_core.prepare import Prepared, file_digest, find, load_data, locate, prepare
-from pa_core.proxy import Record, Step, proxy_step
+from pa_core.proxy import Step, proxy_step
 from pa_core.runs import Run
 from pa_core.schedule import Event
 
@@ -61,8 +60,7 @@ def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
     with (
         files.lock(path / "lock", waiting, log),
         torch.random.fork_rng(),
-        _threads(Run(path).manifest.get("threads")),
-        device.numerics(e),
+        device.numerics(e, threads=Run(path).manifest.get("threads")),
     ):
         if Run(path).finished:
             runs.remove_checkpoint(path)  # of a process killed between the two
@@ -92,17 +90,6 @@ def _make_folder(path: Path, runs_dir: str) -> None:
         raise ParameterError("runs_dir", runs_dir, allowed) from error
 
 
-@contextmanager
-def _threads(recorded: int | None) -> Iterator[None]:
-    """Continue with the thread count the run began with: the sums of a float depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(recorded or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(kw_only=True)
 class Walk:
     """A run under way.
@@ -121,7 +108,7 @@ class Walk:
     log: Log
     position: int = 0
     steps: dict[int, Step] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -146,8 +133,7 @@ class Walk:
 
     def checkpoint(self) -> dict[str, Any]:
         """All that is needed to go on; the maps in use are named, they are files of the run already."""
-        records = [record.to_dict() for record in self.records]
-        kept = {"position": self.position, "steps": list(self.steps), "records": records, "metrics": self.rows}
+        kept = {"position": self.position, "steps": list(self.steps), "records": self.records, "metrics": self.rows}
         return {"state": self.state.state_dict(), **kept}
 
 
@@ -184,7 +170,7 @@ def _begin(prepared: Prepared, log: Log) -> Walk:
 def _continue(walk: Walk, checkpoint: dict[str, Any]) -> None:
     walk.state.load_state_dict(checkpoint["state"])
     walk.position, walk.rows = checkpoint["position"], checkpoint["metrics"]
-    walk.records = [Record(**record) for record in checkpoint["records"]]
+    walk.records = checkpoint["records"]
     walk.steps = {number: _load_step(walk, number) for number in checkpoint["steps"]}
     walk.log(f"continuing {walk.path.name} after epoch {walk.state.epoch}")
 
@@ -327,7 +313,6 @@ def proxy(walk: Walk, event: Event) -> None:
         walk.part,
         e,
         step=number,
-        epoch=walk.state.epoch,
         directory=Run(walk.path).step(number),
         candidates=walk.stage(event.stage).candidates,
         device=walk.state.device,
@@ -336,13 +321,12 @@ def proxy(walk: Walk, event: Event) -> None:
     )
     walk.records.append(record)
     walk.steps = {**(walk.steps if e.keeps_all_proxies else {}), number: _load_step(walk, number)}
-    fewer = f" ({record.asked} asked for, no more qualify)" if record.images < record.asked else ""
-    done = f"{record.masked_share:.1%} masked, {record.unchanged} unchanged, " if e.masks else ""
-    blank = f"; {record.blank} maps say nothing (constant)" if record.blank else ""
-    walk.log(
-        f"proxy step {number}: {record.images} of {len(walk.part)} images{fewer} by {e.select}, {e.xai}, "
-        f"fill {e.fill}, {done}{record.seconds:.1f} s{blank}"
-    )
+    fewer = f" ({record['asked']} asked for, no more qualify)" if record["images"] < record["asked"] else ""
+    how = ", ".join([e.select, *[e.xai] * e.explains, *[f"fill {e.fill}"] * e.masks])
+    done = f"{record['masked_share']:.1%} masked, {record['unchanged']} unchanged, " if e.masks else ""
+    blank = f"; {record['blank']} maps say nothing (constant)" if record["blank"] else ""
+    log = f"proxy step {number}: {record['images']} of {len(walk.part)} images{fewer} by {how}, {done}"
+    walk.log(f"{log}{record['seconds']:.1f} s{blank}")
 
 
 def clear(walk: Walk, event: Event) -> None:
@@ -405,7 +389,8 @@ def _finish(walk: Walk) -> None:
 
 def _summary(walk: Walk, tested: dict[str, float]) -> dict[str, Any]:
     rows, records, dataset = walk.rows, walk.records, walk.prepared.dataset
-    made = sum(record.images for record in records)
+    made = sum(record["images"] for record in records)
+    total = {name: sum(record[name] for record in records) for name in ("unchanged", "blank", "seconds")}
     named = {"accuracy": "test_accuracy", "loss": "test_loss"}
     reported = {name: value for name, value in rows[-1].items() if name == "reported_accuracy"}
     return {
@@ -418,10 +403,10 @@ def _summary(walk: Walk, tested: dict[str, float]) -> dict[str, Any]:
         "epochs": len(rows),
         "sparsity": models.sparsity(walk.state.model.network),
         "proxy_images": made,
-        "masked_share": sum(r.masked_share * r.images for r in records) / made if made else 0.0,
-        "unchanged_proxies": sum(record.unchanged for record in records),
-        "blank_maps": sum(record.blank for record in records),
-        "proxy_seconds": sum(record.seconds for record in records),
+        "masked_share": sum(r["masked_share"] * r["images"] for r in records) / made if made else 0.0,
+        "unchanged_proxies": total["unchanged"],
+        "blank_maps": total["blank"],
+        "proxy_seconds": total["seconds"],
         "train_seconds": sum(row["seconds"] for row in rows),
         **reported,
     }

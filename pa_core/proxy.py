@@ -1,7 +1,6 @@
 """The proxy step: score -> select -> explain -> maps; and the pool that the next epochs draw from.
 
-Maps lie in the run directory and are keyed by position in the training part. The training images themselves are only
-ever read.
+Maps lie in the run directory and are keyed by position in the training part, whose images are only ever read.
 """
 
 from __future__ import annotations
@@ -9,8 +8,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 
 from pa_core import attribution, batch, selection
 from pa_core.augment import generators
-from pa_core.batch import Pool, memory_format, to_pixels
+from pa_core.batch import Pool, to_pixels
 from pa_core.data import Part, send
 from pa_core.device import autocast
 from pa_core.masking import to_float, to_uint8
@@ -40,34 +40,6 @@ MOST_BYTES_OF_MAPS = 2**28
 layer's grid is fine); beyond it, the selected images are explained by a pass of their own."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What one proxy step did.
-
-    Attributes:
-        step: 1, 2, ... in the schedule.
-        epoch: epochs trained before it.
-        asked: images that ``fraction`` asked for; images: those that qualified.
-        masked_share: mean share of masked pixels per proxy, [0, 1], before geometry.
-        unchanged: proxies equal to their original.
-        blank: maps that are constant, so that a quantile masks places at random.
-        seconds: the whole step; scoring_seconds: the scoring pass alone.
-    """
-
-    step: int
-    epoch: int
-    asked: int
-    images: int
-    masked_share: float
-    unchanged: int
-    blank: int
-    seconds: float
-    scoring_seconds: float
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
     """What a proxy step keeps: maps float16 [K, h, w] in [0, 1] of the training images at positions int64 [K]."""
@@ -81,31 +53,6 @@ class Step:
         return cls(positions=positions, maps=maps.to(device))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Proxies:
-    """Proxies beside what they are made from, without augmentation; all on one device.
-
-    Attributes:
-        originals, images: uint8 [n, 3, S, S].
-        maps: float32 [n, S, S] in [0, 1].
-        mask: bool [n, S, S].
-    """
-
-    originals: Tensor
-    maps: Tensor
-    mask: Tensor
-    images: Tensor
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def picture(self) -> Tensor:
-        """Original, map, mask and proxy side by side, an image a row: uint8 [3, H, W]."""
-        grey = [(self.maps * 255).to(torch.uint8), self.mask.to(torch.uint8) * 255]
-        columns = [self.originals, *(g[:, None].expand_as(self.originals) for g in grey), self.images]
-        return make_grid(torch.stack(columns, 1).flatten(0, 1).cpu(), nrow=len(columns), padding=1)
-
-
 def pool(part: Part, experiment: Experiment, steps: Sequence[Step]) -> Pool:
     """What an epoch draws from, by the maps of some proxy steps, the earliest first.
 
@@ -116,29 +63,20 @@ def pool(part: Part, experiment: Experiment, steps: Sequence[Step]) -> Pool:
     plain, e = Pool.of(part), experiment
     if not steps:
         return plain
-    positions = torch.cat([step.positions for step in steps])
-    rows, selected = torch.arange(len(positions)), torch.zeros(len(part), dtype=torch.bool)
-    row = plain.row.clone()
+    overlays = {"clean": (e.overlay, e.copies), "thesis": ("append", 1), "thesis_text": ("replace", 1)}
+    overlay, copies = overlays[e.protocol]
+    positions, maps = torch.cat([step.positions for step in steps]), torch.cat([step.maps for step in steps])
+    rows, row, no = torch.arange(len(positions)), plain.row.clone(), plain.proxied
     for step, some in zip(steps, rows.split([len(step.positions) for step in steps]), strict=True):
         row[step.positions] = some  # one step after the other: the later map wins
-    selected[positions] = True
-    maps, no = torch.cat([step.maps for step in steps]), torch.zeros_like(selected)
-    overlay, copies = (
-        (e.overlay, e.copies)
-        if e.protocol == "clean"
-        else ({"thesis": "append", "thesis_text": "replace"}[e.protocol], 1)
-    )
-    proxied = selected if e.masks else no
-    if overlay != "append":
-        withheld = selected if overlay == "withhold" else no
-        return Pool(part=part, origin=plain.origin, row=row, proxied=proxied, withheld=withheld, maps=maps)
-    beside = torch.full((len(positions) * copies,), e.masks)
+    selected = row >= 0
+    beside = rows.repeat(copies) if overlay == "append" else rows[:0]
     return Pool(
         part=part,
-        origin=torch.cat([plain.origin, positions.repeat(copies)]),
-        row=torch.cat([row, rows.repeat(copies)]),
-        proxied=torch.cat([no, beside]),
-        withheld=torch.cat([no, torch.zeros_like(beside)]),
+        origin=torch.cat([plain.origin, positions[beside]]),
+        row=torch.cat([row, beside]),
+        proxied=torch.cat([selected if overlay == "replace" and e.masks else no, torch.full(beside.shape, e.masks)]),
+        withheld=torch.cat([selected if overlay == "withhold" else no, torch.full(beside.shape, False)]),
         maps=maps,
     )
 
@@ -151,10 +89,10 @@ class Choice:
     """What a proxy step selected.
 
     Attributes:
-        positions: int64 [K] in the training part, the first choice first. targets: int64 [K], the classes to explain.
-        maps: float32 [K, h, w], raw class activation maps on the CAM layer's grid, from the scoring pass; None where
-        the
-            method needs a pass of its own, or nothing is explained.
+        positions: int64 [K] in the training part, the first choice first.
+        targets: int64 [K], the classes to explain.
+        maps: float32 [K, h, w], raw class activation maps from the scoring pass; None where the method needs a pass of
+            its own, or nothing is explained.
         scores: of all training images.
         seed: of what is random in this step; another one for each step.
     """
@@ -173,7 +111,7 @@ def choose(
     *,
     step: int,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
     candidates: Tensor | None = None,
 ) -> Choice:
     """Score all training images and select some.
@@ -201,11 +139,9 @@ def _scored(
     model: Classifier, part: Part, e: Experiment, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [N, C] of all training images, on the CPU; where one pass gives both, their raw maps [N, h, w]."""
-    h, w = model.cam.grid
-    fused = (
-        e.explains and attribution.fused(e.xai, e.smooth) and e.smooth != "gaussian"
-    )  # a blur is of the image's size
-    if not fused or 4 * len(part) * h * w > MOST_BYTES_OF_MAPS:
+    few = 4 * len(part) * model.cam.grid[0] * model.cam.grid[1] <= MOST_BYTES_OF_MAPS
+    # a Gaussian blur is of the image's size, so that such maps have another grid
+    if not (few and e.explains and attribution.fused(e.xai, e.smooth) and e.smooth != "gaussian"):
         return evaluate(model, Pool.of(part), device=device, dtype=dtype).logits, None
     logits, maps = [], []
     with attribution.as_found(model):
@@ -220,42 +156,60 @@ def _scored(
 
 
 def explain(
-    model: Classifier, part: Part, experiment: Experiment, choice: Choice, *, device: torch.device, dtype: torch.dtype
+    model: Classifier,
+    part: Part,
+    experiment: Experiment,
+    choice: Choice,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The maps of the chosen images as they are stored: float16 [K, h, w] in [0, 1], on the device.
 
     With ``permute_maps`` each of them gets the map of another one.
     """
-    e, positions = experiment, choice.positions
-    ids = [part.ids[i] for i in positions.tolist()]
+    e, ids = experiment, [part.ids[i] for i in choice.positions.tolist()]
     if not e.explains or not ids:
         return torch.zeros(len(ids), 1, 1, dtype=torch.float16, device=device)
     if choice.maps is not None:
         maps = attribution.stored(choice.maps)
     else:
-        maps = torch.cat(
-            [_explained(model, part, e, choice, at, device=device, dtype=dtype) for at in _chunks(len(ids))]
-        )
+        made = []
+        for at in _chunks(len(ids)):
+            images, target = to_pixels(part.read(choice.positions[at]).to(device)), choice.targets[at].to(device)
+            how = {"method": e.xai, "smooth": e.smooth, "ids": [ids[i] for i in at.tolist()], "seed": choice.seed}
+            with autocast(device, dtype):
+                made.append(attribution.explain(model, images, target=target, **how))
+        maps = torch.cat(made)
     return maps[attribution.derangement(ids, choice.seed).to(maps.device)] if e.permute_maps else maps
 
 
-def _explained(
-    model: Classifier,
-    part: Part,
-    e: Experiment,
-    choice: Choice,
-    at: Tensor,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    positions = choice.positions[at]
-    images = to_pixels(part.read(positions).to(device)).contiguous(memory_format=memory_format(device))
-    ids, target = [part.ids[i] for i in positions.tolist()], choice.targets[at].to(device)
-    with autocast(device, dtype):
-        return attribution.explain(
-            model, images, method=e.xai, target=target, smooth=e.smooth, ids=ids, seed=choice.seed
-        )
+# Proxies to look at
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Proxies:
+    """Proxies beside what they are made from, without augmentation; all on one device.
+
+    Attributes:
+        originals, images: uint8 [n, 3, S, S].
+        maps: float32 [n, S, S] in [0, 1].
+        mask: bool [n, S, S].
+    """
+
+    originals: Tensor
+    maps: Tensor
+    mask: Tensor
+    images: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def picture(self) -> Tensor:
+        """Original, map, mask and proxy side by side, an image a row: uint8 [3, H, W]."""
+        grey = [(self.maps * 255).to(torch.uint8), self.mask.to(torch.uint8) * 255]
+        columns = [self.originals, *(g[:, None].expand_as(self.originals) for g in grey), self.images]
+        return make_grid(torch.stack(columns, 1).flatten(0, 1).cpu(), nrow=len(columns), padding=1)
 
 
 def made(part: Part, positions: Tensor, maps: Tensor, experiment: Experiment, *, seed: int) -> Proxies:
@@ -283,18 +237,22 @@ def proxy_step(
     experiment: Experiment,
     *,
     step: int,
-    epoch: int,
     directory: Path,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     candidates: Tensor | None = None,
     show: Callable[[Tensor], None] | None = None,
-) -> Record:
+) -> dict[str, Any]:
     """Make the maps of one step and store them in ``directory``, which appears whole or not at all.
 
     Args:
         candidates: see :func:`choose`.
         show: called with a picture of the first proxies, uint8 [3, H, W], for TensorBoard.
+
+    Returns:
+        asked: images that ``fraction`` asked for; images: those that qualified; masked_share: mean share of masked
+        pixels before geometry, [0, 1]; unchanged: proxies equal to their original; blank: maps that are constant, so
+        that a quantile masks places at random; seconds; scoring_seconds: of them the scoring pass.
     """
     started, e = time.perf_counter(), experiment
     building = directory.with_name(directory.name + ".part")
@@ -310,47 +268,42 @@ def proxy_step(
     np.save(building / "positions.npy", choice.positions.numpy())
     table.to_csv(building / "proxies.csv", index=False)
     if len(table):
-        first = made(part, choice.positions[:SHOWN], maps[:SHOWN], e, seed=choice.seed).picture()
-        to_pil_image(first).save(building / "proxies.png")
+        picture = made(part, choice.positions[:SHOWN], maps[:SHOWN], e, seed=choice.seed).picture()
+        to_pil_image(picture).save(building / "proxies.png")
         if show is not None:
-            show(first)
+            show(picture)
     building.rename(directory)
     asked = len(part) if e.select == "all" else selection.count(len(part), e.fraction)
-    return Record(
-        step=step,
-        epoch=epoch,
-        asked=asked if candidates is None else len(table),  # there it is a fraction of the wrong ones, however many
-        images=len(table),
-        masked_share=float(table["masked_share"].mean()) if len(table) else 0.0,
-        unchanged=int(table["unchanged"].sum()),
-        blank=blank,
-        seconds=time.perf_counter() - started,
-        scoring_seconds=scoring_seconds,
-    )
+    return {
+        "asked": asked if candidates is None else len(table),  # there it is a fraction of the wrong ones, however many
+        "images": len(table),
+        "masked_share": float(table["masked_share"].mean()) if len(table) else 0.0,
+        "unchanged": int(table["unchanged"].sum()),
+        "blank": blank,
+        "seconds": time.perf_counter() - started,
+        "scoring_seconds": scoring_seconds,
+    }
 
 
 def _table(part: Part, e: Experiment, choice: Choice, maps: Tensor) -> tuple[pd.DataFrame, int]:
     """proxies.csv, a row per chosen image, the first choice first; and how many maps are constant."""
-    shares, unchanged, blank = [], [], 0
-    for at in _chunks(len(choice.positions)):
-        some = made(part, choice.positions[at], maps[at.to(maps.device)], e, seed=choice.seed)
+    shares, unchanged, blank, positions = [], [], 0, choice.positions
+    for at in _chunks(len(positions)):
+        some = made(part, positions[at], maps[at.to(maps.device)], e, seed=choice.seed)
         shares += some.mask.flatten(1).float().mean(1).tolist()
         unchanged += (some.images == some.originals).flatten(1).all(1).tolist()
         flat = some.maps.flatten(1)
         blank += int((flat.amax(1) == flat.amin(1)).sum()) if e.explains else 0
-    positions, scores = choice.positions, choice.scores
-    table = pd.DataFrame(
-        {
-            "id": [part.ids[i] for i in positions.tolist()],
-            "label": part.labels[positions].numpy(),
-            "predicted": scores.predicted[positions].numpy(),
-            "explained": choice.targets.numpy(),
-            "loss": scores.loss[positions].numpy(),
-            "masked_share": np.array(shares, dtype=float),
-            "unchanged": np.array(unchanged, dtype=bool),
-        }
-    )
-    return table, blank
+    columns = {
+        "id": [part.ids[i] for i in positions.tolist()],
+        "label": part.labels[positions].numpy(),
+        "predicted": choice.scores.predicted[positions].numpy(),
+        "explained": choice.targets.numpy(),
+        "loss": choice.scores.loss[positions].numpy(),
+        "masked_share": np.array(shares, dtype=float),
+        "unchanged": np.array(unchanged, dtype=bool),
+    }
+    return pd.DataFrame(columns), blank
 
 
 def _chunks(n: int) -> tuple[Tensor, ...]:

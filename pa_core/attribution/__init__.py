@@ -8,39 +8,9 @@ One link of the package's chain. Inside, a module imports only those before it:
 
     base -> cams -> captum_methods -> transformers -> controls -> table -> maps
 """
+# ruff: noqa: F401
 
 from pa_core.attribution.base import Request, as_found, scale
 from pa_core.attribution.controls import derangement
-from pa_core.attribution.maps import from_grids, grids, heatmaps
-from pa_core.attribution.table import (
-    ALIASES,
-    METHODS,
-    SMOOTH,
-    Method,
-    check,
-    fused,
-    markdown,
-    refusal,
-    resolve,
-    servable,
-)
-
-__all__ = [
-    "ALIASES",
-    "METHODS",
-    "SMOOTH",
-    "Method",
-    "Request",
-    "as_found",
-    "check",
-    "derangement",
-    "from_grids",
-    "fused",
-    "grids",
-    "heatmaps",
-    "markdown",
-    "refusal",
-    "resolve",
-    "scale",
-    "servable",
-]
+from pa_core.attribution.maps import explain, from_grids, grids, heatmaps, stored, upsampled
+from pa_core.attribution.table import METHODS, check, fused, markdown, refusal, resolve, supported_methods

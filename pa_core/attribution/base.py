@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +16,7 @@ from pa_core.models import Classifier
 from pa_core.params import derived_seed
 
 AT_ONCE = 64
-"""Variants of the images that a method with many passes has in memory at once; more only where the batch itself is larger."""
+"""Variants of the images that a method with many passes has in memory at once, unless the batch itself is larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +73,13 @@ def as_found(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode within; every module's own mode, the parameters' ``.grad`` and the RNG states as found afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    device = next(model.parameters()).device
+    device, state = next(model.parameters()).device, np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model.eval()
         try:
             yield
         finally:
+            np.random.set_state(state)
             for module, training in modes:
                 module.training = training
             for parameter, gradient in gradients:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pa_core.attribution.base import AT_ONCE, Request, resize, score
+from pa_core.attribution.base import AT_ONCE, Request, resize, scale, score
 from pa_core.models import Classifier
 
 Evidence = Callable[[Tensor, Tensor], Tensor]
@@ -44,8 +44,9 @@ def hirescam(A: Tensor, g: Tensor) -> Tensor:
 def xgradcam(A: Tensor, g: Tensor) -> Tensor:
     """w_k A_k, with w_k = sum(g_k A_k) / sum(A_k) over the places (Fu et al. 2020, eq. 8).
 
-    Written as the mean of g_k plus sum((g_k - mean) A_k) / sum(A_k), which is the same, and exact where the head averages
-    over the places (g_k is constant), however near to 0 the sum of signed activations is. At 0 the mean remains.
+    Written as the mean of g_k plus sum((g_k - mean) A_k) / sum(A_k), which is the same, and exact where the head
+    averages over the places (g_k is constant), however near to 0 the sum of signed activations is. At 0 the mean
+    remains.
     """
     mean, total = g.mean((2, 3), keepdim=True), A.sum((2, 3), keepdim=True)
     rest = ((g - mean) * A).sum((2, 3), keepdim=True)
@@ -58,8 +59,13 @@ def layercam(A: Tensor, g: Tensor) -> Tensor:
 
 
 def eigencam(A: Tensor, g: Tensor) -> Tensor:
-    """A itself, of which the first principal component is taken (Muhammad & Yeasin 2020). g only gives it its sign."""
+    """A, its first principal component instead of its sum, the sign turned towards g A (Muhammad & Yeasin 2020)."""
     return A
+
+
+def eigengradcam(A: Tensor, g: Tensor) -> Tensor:
+    """g A, its first principal component instead of its sum, the sign turned towards g A (Eigen-CAM with gradients)."""
+    return g * A
 
 
 def first_component(evidence: Tensor, toward: Tensor) -> Tensor:
@@ -85,19 +91,13 @@ def first_component(evidence: Tensor, toward: Tensor) -> Tensor:
 def cam_grids(
     model: Classifier, images: Tensor, *, evidence: Evidence, target: Tensor | None = None, component: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Maps on the CAM layer's grid, from one forward pass and a backward pass down to that layer.
+    """(Maps on the CAM layer's grid, [N, h, w] float32 and at least 0; logits [N, classes], detached), from one pass.
 
     Args:
-        model: in eval mode.
-        images: [N, 3, S, S] in [0, 1].
         evidence: (A, g) -> [N, C, h, w], in float32.
         target: [N] int64; by default the class that the same forward pass predicts.
         component: the evidence's first principal component instead of its sum, turned towards g * A, summed over the
             channels: what each place adds to the explained logit, to first order.
-
-    Returns:
-        maps: [N, h, w] float32, at least 0, neither resized nor scaled.
-        logits: [N, classes], detached.
     """
     activations, logits = model.forward_cam(images)
     target = logits.argmax(1) if target is None else target
@@ -135,8 +135,7 @@ def _masked_scores(model: Classifier, images: Tensor, A: Tensor, target: Tensor)
     """Logit of the target for every image under every one of its channels, [N, C]."""
     n, channels = A.shape[:2]
     masks = F.interpolate(A, size=images.shape[-2:], mode="bilinear")
-    low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
-    masks = torch.where(high > low, (masks - low) / torch.where(high > low, high - low, 1), 0)
+    masks = scale(masks.flatten(0, 1)).view_as(masks)
     masked = (images[:, None] * masks[:, :, None]).flatten(0, 1)
     logits = model(masked).float().view(n, channels, -1)
     return logits.gather(2, target[:, None, None].expand(n, channels, 1)).squeeze(2)

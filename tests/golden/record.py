@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any
 
 import torch
 
-from pa_core import attribution, data, masking, selection
+from pa_core import attribution, augment, batch, data, experiment, masking, proxy, selection, train
+from pa_core.batch import Pool
 from pa_core.models import Classifier
-from pa_core.params import derived_seed
+from pa_core.params import Experiment, derived_seed
 
 from .fixed import images, maps, network, rounded, sha, summary
 
@@ -250,15 +252,61 @@ def attention() -> Values:
     return _heatmaps(network("test_vit", 64), ATTENTION, ["none", "gaussian", "flip"])
 
 
-# Schema 2: two sections that the new code is to record. Write each as a function here and add it to SECTIONS.
-#
-# batches: what `batch` makes of fixed images, labels and maps at a fixed seed, epoch and step, as hashes of the images
-#     in uint8 and rounded label shares. A case for each kind alone (geometry; proxy with every overlay; erase with
-#     every `erase_region`; cutmix by area and by attention; mixup) and one for all together. That each kind has a
-#     generator of its own shows where the flips and crops of `all` hash as those of `geometry` alone.
-# runs: a few tiny runs through `experiment.run` in a temporary folder, with a proxy step: the run's digest and the hash
-#     of the selected positions, which hold exactly, and {"right": n}, how many images are classified rightly, which
-#     holds within one image.
+# Batches and runs: recorded with schema 2
+
+
+def _pool(experiment: Experiment) -> Pool:
+    """The first 24 training images of the embedded data; every second one has a map."""
+    part = data.load(**EMBEDDED, train_fraction=1.0, folds=5, fold=0, seed=0).train
+    positions = torch.arange(0, 24, 2)
+    step = proxy.Step(positions=positions, maps=maps("distinct", 12, 4).half())
+    pool = proxy.pool(part, experiment, [step])
+    return pool.take(torch.cat([torch.arange(24), torch.arange(len(part), len(pool))]))
+
+
+def batches() -> Values:
+    """Order of draws, and what `batch.make` makes of two batches in a row: pixels rounded to 8 bits, and targets."""
+    kinds = ("none", "flip", "crop", "rotate", "erase", "cutmix", "mixup", "flip,crop,erase,cutmix,mixup")
+    cases = {f"augment {kind}": {"augment": kind, "fill": "none"} for kind in kinds}
+    cases |= {f"overlay {overlay}": {"overlay": overlay, "copies": 2} for overlay in ("replace", "append", "withhold")}
+    cases |= {f"erase {region}": {"augment": "erase", "erase_region": region} for region in ("attended", "spared")}
+    cases["mix by attention"] = {"augment": "cutmix", "mix_labels": "attention", "cutmix_alpha": 0.5, "fill": "none"}
+    cases["patch, half the draws"] = {"fill": "patch", "proxy_probability": 0.5}
+    cases["noise"] = {"fill": "noise", "weight": 0.5, "threshold_mode": "deviations", "threshold": 1}
+    found: Values = {"order": [sha(b) for b in train.batches(50, draws=40, batch_size=16, seed=3, epoch=2)]}
+    for name, changes in cases.items():
+        e = Experiment(schedule="1,p,1", **changes)
+        pool, draws = _pool(e), augment.generators(e.seed, 2)
+        for number, index in enumerate(torch.arange(len(pool)).split(16)[:2]):
+            raw, labels = pool.part.read(pool.origin[index]), pool.labels[index]
+            how = {"classes": 10, "pool": pool, "index": index, "experiment": e, "draws": draws}
+            made = batch.make(raw, labels, **how)
+            weights = "none" if made.weights is None else sha(made.weights.int())
+            exact = not {"rotate", "mixup"} & set(e.augment.split(",")) and e.fill != "noise"
+            pixels = sha(masking.to_uint8(made.images).long()) if exact else summary(made.images)
+            targets = sha(made.targets) if made.targets.ndim == 1 else rounded(made.targets.amax(1))
+            found[f"{name}, batch {number}"] = {"pixels": pixels, "targets": targets, "weights": weights}
+    return found
+
+
+def runs() -> Values:
+    """Tiny runs: the identity holds exactly, what was selected too, accuracies within an image."""
+    cases = {
+        "proxies": {"schedule": "1,p,1"},
+        "events": {"schedule": "1,p,1,x0.5,l0.5,c,1", "overlay": "append", "permute_maps": True, "select": "random"},
+        "thesis": {"schedule": "1,p,1", "protocol": "thesis", "train_fraction": 0.2},
+    }
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, changes in cases.items():
+            usual = {"train_fraction": 0.1, "device": "cpu", "precision": "fp32", "runs_dir": folder}
+            done = experiment.run(Experiment(**{**usual, **changes}), log=lambda _: None)
+            chosen = json.loads(done.proxies(1)["id"].sort_values().to_json(orient="values"))
+            identity = {"digest": done.manifest["digest"], "split": done.manifest["split_digest"]}
+            selected = {"selected": sha(chosen)} if changes.get("select") == "random" else {}
+            right = round(done.summary["test_accuracy"] * done.summary["n_test"])
+            found[name] = identity | selected | {"right": right}
+    return found
 
 
 SECTIONS: dict[str, Callable[[], Values]] = {
@@ -281,6 +329,8 @@ SECTIONS: dict[str, Callable[[], Values]] = {
         averages,
         relu_networks,
         attention,
+        batches,
+        runs,
     )
 }
 
