@@ -202,7 +202,7 @@ def test_what_is_no_study_is_refused():
         statistics.compare(runs.assign(value=[np.nan, *runs["value"][1:]]), reference="plain")
     with pytest.raises(ParameterError, match="must have a column digest"):
         statistics.compare(runs.drop(columns="digest"), reference="plain")
-    many = {seed: 0.5 for seed in range(25)}
+    many = dict.fromkeys(range(25), 0.5)
     with pytest.raises(ParameterError, match="seeds=25: must be at most 24"):
         statistics.compare(
             frame({"plain": many, "masked": many}), reference="plain", declared=[Contrast.parse("masked - plain")]

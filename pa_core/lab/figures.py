@@ -250,9 +250,8 @@ def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> Drawn:
     overlaid = [(image, "", heatmap) for image, heatmap in zip(made.originals, made.maps, strict=True)]
     originals = list(zip(made.originals, titles, strict=True))
     rows = {"original": originals, "heatmap": overlaid, "masked": masks, "proxy": made.images}
-    changed = (made.images != made.originals).any(1)
     table = {"image": [title.replace("\n", " ") for title in titles], "masked_share": made.mask.float().mean((1, 2))}
-    table["changed_share"] = changed.float().mean((1, 2))
+    table["changed_share"] = (made.images != made.originals).any(1).float().mean((1, 2))
     return _grid(rows, cell=(1.2, 1.25)), pd.DataFrame(table)
 
 

@@ -20,9 +20,10 @@ from pa_core.lab.statistics import Contrast
 from pa_core.params import PARAMETERS, PROXY_PARAMETERS, SCHEMA, Experiment
 from pa_core.runs import FINISHED, Run, code_version
 
-MEASURED = "val_accuracy test_accuracy balanced_accuracy reported_accuracy epochs train_seconds proxy_seconds".split()
+_ACCURACIES = ("val_accuracy", "test_accuracy", "balanced_accuracy", "reported_accuracy")
+MEASURED = (*_ACCURACIES, "epochs", "train_seconds", "proxy_seconds")
 """Columns that are always there; any other number of a summary.json gets one, too."""
-_IDENTITY = "digest status started data_digest split_digest weights_digest device_name".split()
+_IDENTITY = ("digest", "status", "started", "data_digest", "split_digest", "weights_digest", "device_name")
 _RESOLVED = ("batch_size", "precision")
 """Parameters that may be ``auto``: what that was stands in columns ``used_batch_size`` and ``used_precision``."""
 
@@ -160,7 +161,9 @@ def latex(table: pd.DataFrame, *, caption: str = "", label: str = "", percent: b
     """
     factor, groups = 100 if percent else 1, table.columns.droplevel(-1).unique()
     names = [" / ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in groups]
-    cells = [[_cell(*row, factor) for row in table[key][["mean", "sd", "n"]].to_numpy()] for key in groups]
+    cells = [
+        [_cell(mean, sd, n, factor) for mean, sd, n in table[key][["mean", "sd", "n"]].to_numpy()] for key in groups
+    ]
     text = pd.DataFrame(dict(zip(names, cells, strict=True)), index=table.index).reset_index()
     style = text.style.hide(axis="index").format_index(escape="latex", axis=1)
     style = style.format(str, escape="latex", subset=list(table.index.names))
@@ -189,7 +192,7 @@ def pairs(frame: pd.DataFrame) -> pd.DataFrame:
         the plain one's (``plain_...``) and the ``..._difference``.
     """
     done = usable(frame)
-    accuracies = ["test_accuracy", "val_accuracy", "balanced_accuracy"]
+    accuracies = list(_ACCURACIES[:3])
     shared = ["digest", "split_digest", "device_name", *(f"used_{name}" for name in _RESOLVED)]
     plain = done.loc[done["proxy_steps"] == 0, [*shared, "run", *accuracies]]
     plain = plain.rename(columns={name: f"plain_{name}" for name in ("run", *accuracies)})

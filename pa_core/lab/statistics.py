@@ -20,7 +20,7 @@ from pa_core.errors import ParameterError, did_you_mean
 MIN_PAIRS_FOR_P_VALUE = 10
 """With 5 pairs the smallest possible p-value is 0.06."""
 MAX_PAIRS_FOR_P_VALUE = 24
-"""All sign flips of 24 pairs are 2^24 sums, which take 128 MB."""
+"""2^24 sums take 128 MB."""
 MIN_PAIRS_FOR_VERDICT = 5
 """Two differences that happen to agree have an interval of no width."""
 MARGIN = 0.005
@@ -31,8 +31,10 @@ TOO_FEW = "too few pairs"
 
 GROUP = ["study", "dataset", "model"]
 RUN_COLUMNS = (*GROUP, "arm", "seed", "metric", "value", "digest")
-_SAID = "arm metric n mean sd difference low high p_value against declared p_holm p_superior verdict".split()
-COLUMNS = (*GROUP, *_SAID)
+COLUMNS = (
+    *(*GROUP, "arm", "metric", "n", "mean", "sd", "difference", "low", "high", "p_value"),
+    *("against", "declared", "p_holm", "p_superior", "verdict"),
+)
 
 
 # Of one list of paired differences
@@ -91,7 +93,7 @@ def verdict(low: float, high: float, *, p: float, n: int = MIN_PAIRS_FOR_VERDICT
     """
     if np.isnan(low) or np.isnan(high) or n < MIN_PAIRS_FOR_VERDICT:
         return TOO_FEW
-    small = -MARGIN <= low and high <= MARGIN
+    small = max(-low, high) <= MARGIN
     if low <= 0 <= high:
         return WITHIN_MARGIN if small else "undecided"
     if not p <= ALPHA:
@@ -164,8 +166,7 @@ def compare(
     family = table["declared"].astype(bool)
     table["p_holm"] = pd.Series(holm(table["p_value"][family]), index=table.index[family])
     said = [verdict(row.low, row.high, p=row.p_holm, n=row.n) for row in table[family].itertuples()]
-    table["verdict"] = pd.Series(said, index=table.index[family], dtype=object)
-    return table
+    return table.assign(verdict=pd.Series(said, index=table.index[family], dtype=object))
 
 
 def _check_arms(asked: Sequence[str], known: Sequence[str]) -> None:
