@@ -55,7 +55,7 @@ def load(runs_dir: str = "runs", *, epochs: bool = False) -> pd.DataFrame:
 
 
 def numbers(summary: dict[str, Any]) -> dict[str, float]:
-    """What a summary measures: its numbers."""
+    """What a summary measures."""
     return {name: value for name, value in summary.items() if isinstance(value, (int, float))}
 
 
@@ -161,9 +161,7 @@ def latex(table: pd.DataFrame, *, caption: str = "", label: str = "", percent: b
     """
     factor, groups = 100 if percent else 1, table.columns.droplevel(-1).unique()
     names = [" / ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in groups]
-    cells = [
-        [_cell(mean, sd, n, factor) for mean, sd, n in table[key][["mean", "sd", "n"]].to_numpy()] for key in groups
-    ]
+    cells = [[_cell(row, factor) for row in table[key][["mean", "sd", "n"]].to_numpy()] for key in groups]
     text = pd.DataFrame(dict(zip(names, cells, strict=True)), index=table.index).reset_index()
     style = text.style.hide(axis="index").format_index(escape="latex", axis=1)
     style = style.format(str, escape="latex", subset=list(table.index.names))
@@ -172,7 +170,8 @@ def latex(table: pd.DataFrame, *, caption: str = "", label: str = "", percent: b
     return style.to_latex(caption=caption or None, label=label or None, **options)
 
 
-def _cell(mean: float, sd: float, n: float, factor: float) -> str:
+def _cell(row: Any, factor: float) -> str:
+    mean, sd, n = row
     if pd.isna(mean):
         return "--"
     spread = "" if pd.isna(sd) else rf" $\pm$ {factor * sd:.1f}"
@@ -254,7 +253,6 @@ def class_changes(plain: Run | None, other: Run) -> pd.DataFrame:
 
 
 # Arms, paired by seed
-
 COMPARED = ("test_accuracy", "balanced_accuracy", "reported_accuracy", "proxy_epochs")
 """What is compared of arms. proxy_epochs is what the proxy steps cost, in epochs of the run's own training."""
 SHARED = ("split_digest", "data_digest", "device_name")
