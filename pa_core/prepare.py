@@ -17,24 +17,15 @@ from pa_core.runs import Run
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """Everything that is checked and loaded before training starts.
+    """Everything that is checked and loaded before training starts."""
 
-    Attributes:
-        experiment: its parameters, with the method's own name and an absolute data_dir.
-        dataset: the three parts.
-        model: freshly initialised or with the given weights, on the CPU; a run trains a copy.
-        device, dtype: resolved from ``device`` and ``precision``.
-        digest: the run's identity.
-        path: where the run lies, or will lie.
-    """
-
-    experiment: Experiment
+    experiment: Experiment  # with the method's own name and an absolute data_dir
     dataset: data.Dataset
-    model: models.Classifier
+    model: models.Classifier  # freshly initialised or with the given weights, on the CPU; a run trains a copy
     device: torch.device
     dtype: torch.dtype
-    digest: str
-    path: Path
+    digest: str  # the run's identity
+    path: Path  # where the run lies, or will lie
 
     @property
     def precision(self) -> str:

@@ -40,10 +40,42 @@ from pa_core.params import Experiment, ParameterError, home, nearest
 from pa_core.runs import RunError
 from pa_core.statistics import Contrast
 
-KEYS = "question reference seeds contrasts contrast_seeds described arms base datasets may_differ other_length decomposition around".split()
+KEYS = [
+    "question",
+    "reference",
+    "seeds",
+    "contrasts",
+    "contrast_seeds",
+    "described",
+    "arms",
+    "base",
+    "datasets",
+    "may_differ",
+    "other_length",
+    "decomposition",
+    "around",
+]
 FREE = frozenset(
-    "xai xai_target cam_layer smooth schedule select fraction mask_region threshold_mode threshold max_share fill weight feather "
-    "overlay keep_proxies augment seed".split()
+    [
+        "xai",
+        "xai_target",
+        "cam_layer",
+        "smooth",
+        "schedule",
+        "select",
+        "fraction",
+        "mask_region",
+        "threshold_mode",
+        "threshold",
+        "max_share",
+        "fill",
+        "weight",
+        "feather",
+        "overlay",
+        "keep_proxies",
+        "augment",
+        "seed",
+    ]
 )
 """What arms may differ in; all else is equal, or the study's ``may_differ`` names it."""
 BETWEEN = ": "

@@ -156,7 +156,7 @@ def expand(content: Mapping[str, Any], *, name: str = "sweep", folder: Path | No
     count = 0
     for arm, values in itertools.product(arms, itertools.product(*axes.values())):
         chosen = dict(zip(axes, values, strict=True))
-        origins = {n: "base" for n in base} | {n: f"arms.{arm}" for n in arms[arm]} | {n: _origin(n) for n in axes}
+        origins = dict.fromkeys(base, "base") | dict.fromkeys(arms[arm], f"arms.{arm}") | {n: _origin(n) for n in axes}
         job = _job(name, base | arms[arm] | chosen, origins, arm)
         before = jobs.get(job.key, replace(job, arms=()))
         jobs[job.key] = replace(before, arms=(*before.arms, *({arm} - set(before.arms))))
@@ -183,7 +183,7 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(), _Loader) or {}  # noqa: S506, a SafeLoader
+        content = yaml.load(path.read_text(), _Loader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ParameterError("file", str(path), f"it cannot be read ({reason}); allowed is a YAML file") from error
