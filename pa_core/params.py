@@ -272,14 +272,14 @@ def _without_effect(e: Experiment) -> set[str]:
 
 def _check_together(e: Experiment) -> None:
     """Refuse values that are allowed alone and not together."""
-    events, has_steps = parse(e.schedule), steps(e.schedule) > 0
-    kinds = {event.kind for event in events}
+    has_steps = steps(e.schedule) > 0
+    kinds = [event.kind for event in parse(e.schedule, p_trains=e.protocol != "clean")]
     if e.fold >= e.folds:
         raise ParameterError("fold", e.fold, f"must be 0 to {e.folds - 1} for folds={e.folds}")
-    if events[0].kind == PROXY and e.pretrained is False:
+    if PROXY in kinds[: kinds.index(EPOCH)] and e.pretrained is False:
         allowed = "must begin with epochs, or have pretrained weights: an untrained network has learnt nothing yet"
         raise ParameterError("schedule", e.schedule, allowed)
-    if e.protocol != "clean" and kinds - {EPOCH, PROXY}:
+    if e.protocol != "clean" and set(kinds) - {EPOCH, PROXY}:
         raise ParameterError("schedule", e.schedule, f"must hold epochs and p alone with protocol={e.protocol!r}")
     if e.threshold > 1 and e.threshold_mode != "deviations":
         raise ParameterError(
