@@ -49,7 +49,7 @@ def _schedule(value: Any) -> str:
 def _augment(value: Any) -> str:
     names = list(value) if isinstance(value, (list, tuple)) else str("none" if value is None else value).split(",")
     names = [str(name).strip().lower() for name in names]
-    if names == ["none"]:
+    if names in (["none"], []):
         return "none"
     allowed = f"must be none, or any of {', '.join(AUGMENTATIONS)} with commas between them"
     for name in names:
