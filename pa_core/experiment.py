@@ -62,6 +62,8 @@ def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
         torch.random.fork_rng(),
         device.numerics(e, threads=Run(path).manifest.get("threads")),
     ):
+        for leftover in path.glob("*.part"):  # of a process killed while it wrote; who holds the lock writes alone
+            leftover.unlink()
         if Run(path).finished:
             runs.remove_checkpoint(path)  # of a process killed between the two
             log(f"finished before: {shown(path)}")
