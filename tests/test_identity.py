@@ -21,6 +21,7 @@ import pa_core
 from pa_core import experiment, runs, train
 
 PACKAGE = Path(pa_core.__file__).parent
+VERSION = runs.code_version()  # kept from here on, whatever package `version_of` looks at
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pa_core.experiment"])  # which imports torch; pa_core itself is imported anew below
 
@@ -103,7 +104,7 @@ def test_what_a_result_depends_on_is_in_the_code_version(copy, monkeypatch, name
         (copy / file).write_text((copy / file).read_text() + new)
     else:
         change(copy, file, old, new)
-    assert version_of(copy, monkeypatch) != runs.code_version()
+    assert version_of(copy, monkeypatch) != VERSION
 
 
 def version_of(copy: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -113,17 +114,16 @@ def version_of(copy: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_comments_docstrings_lab_and_formatting_make_nothing_stale(copy, monkeypatch):
-    version = runs.code_version()
-    assert version_of(copy, monkeypatch) == version
+    assert version_of(copy, monkeypatch) == VERSION
     for file in copy.rglob("*.py"):  # all comments, blank lines and formatting go
         file.write_text(ast.unparse(ast.parse(file.read_text())) + "\n# another comment\n")
     change(copy, "masking.py", '"""Pure tensor rules', '"""Other words for tensor rules')
     change(copy, "masking.py", '"""Which pixels are masked.', '"""Other words.')
     (copy / "lab").mkdir(exist_ok=True)
     (copy / "lab" / "more.py").write_text("x = 1\n")
-    assert version_of(copy, monkeypatch) == version
+    assert version_of(copy, monkeypatch) == VERSION
     (copy / "more.py").write_text("x = 1\n")  # a module outside lab/ counts
-    assert version_of(copy, monkeypatch) != version
+    assert version_of(copy, monkeypatch) != VERSION
 
 
 def test_after_such_a_change_the_run_is_found(copy):
