@@ -51,31 +51,29 @@ def pooled(*steps: Step, images: torch.Tensor | None = None, **parameters) -> Po
 
 
 @pytest.mark.parametrize(
-    ("parameters", "origin", "row", "proxied", "withheld"),
+    ("parameters", "origin", "proxied", "withheld"),
     [
-        ({}, [], [-1, 1, 2, 3, 0, -1, -1, -1], [1, 2, 3, 4], []),  # of image 1 the later map
-        ({"overlay": "append"}, [4, 1, 1, 2, 3], [0, 0, 1, 2, 3], [8, 9, 10, 11, 12], []),
-        ({"overlay": "append", "copies": 2}, [4, 1, 1, 2, 3] * 2, [0, 0, 1, 2, 3] * 2, range(8, 18), []),
-        ({"overlay": "append", "fill": "none"}, [4, 1, 1, 2, 3], [0, 0, 1, 2, 3], [], []),  # repeated as they are
-        ({"overlay": "withhold"}, [], [-1, 1, 2, 3, 0, -1, -1, -1], [], [1, 2, 3, 4]),
-        ({"fill": "none"}, [], [-1, 1, 2, 3, 0, -1, -1, -1], [], []),
-        ({"protocol": "thesis", "overlay": "withhold", "copies": 3}, [4, 1, 1, 2, 3], None, [8, 9, 10, 11, 12], []),
-        ({"protocol": "thesis_text", "overlay": "append"}, [], None, [1, 2, 3, 4], []),
+        ({}, [], [1, 2, 3, 4], []),
+        ({"overlay": "append"}, [4, 1, 1, 2, 3], [8, 9, 10, 11, 12], []),
+        ({"overlay": "append", "copies": 2}, [4, 1, 1, 2, 3] * 2, range(8, 18), []),
+        ({"overlay": "append", "fill": "none"}, [4, 1, 1, 2, 3], [], []),  # repeated as they are
+        ({"overlay": "withhold"}, [], [], [1, 2, 3, 4]),
+        ({"fill": "none"}, [], [], []),
+        ({"protocol": "thesis", "overlay": "withhold", "copies": 3}, [4, 1, 1, 2, 3], [8, 9, 10, 11, 12], []),
+        ({"protocol": "thesis_text", "overlay": "append"}, [], [1, 2, 3, 4], []),
     ],
     ids=str,
 )
-def test_pools_by_hand(parameters, origin, row, proxied, withheld):
+def test_pools_by_hand(parameters, origin, proxied, withheld):
     pool = pooled(step(4, 1), step(1, 2, 3, seed=1), **parameters)
     assert pool.origin.tolist() == [*range(N), *origin] and len(pool) == N + len(origin)
     assert pool.labels.tolist() == [i % CLASSES for i in pool.origin.tolist()]
     assert torch.nonzero(pool.proxied).flatten().tolist() == list(proxied)
     assert torch.nonzero(pool.withheld).flatten().tolist() == withheld
     rows = pool.row.tolist()
-    if origin:
-        assert pool.maps[pool.row[N]].equal(step(4, 1).maps[0]) and pool.row[N + 2] == 2  # both steps' maps of image 1
-        assert rows[:N] == [-1, 2, 3, 4, 0, -1, -1, -1] and rows[N : N + 5] == [0, 1, 2, 3, 4]
-    else:
-        assert rows == [-1, 2, 3, 4, 0, -1, -1, -1] and pool.maps[2].equal(step(1, 2, 3, seed=1).maps[0])
+    assert rows[:N] == [-1, 2, 3, 4, 0, -1, -1, -1]  # of image 1 the later map; beside it both
+    assert rows[N:] == [0, 1, 2, 3, 4] * (len(origin) // 5)
+    assert pool.maps.equal(torch.cat([step(4, 1).maps, step(1, 2, 3, seed=1).maps]))
     taken = pool.take(torch.tensor([2, 0, 4]))
     assert taken.origin.tolist() == [2, 0, 4] and taken.row.tolist() == [rows[2], rows[0], rows[4]]
 

@@ -75,19 +75,6 @@ def test_quantile_takes_the_highest():
     assert masking.region(MAP, threshold=0.5).tolist() == [[[False, True], [True, False]]]
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
-@pytest.mark.parametrize("kind", ["distinct", "plateaus", "constant", "zero"])
-def test_quantile_masks_the_exact_share(threshold, kind):
-    maps = {
-        "distinct": torch.rand(5, 28, 28),
-        "plateaus": torch.randint(0, 3, (5, 28, 28)) / 2,
-        "constant": torch.ones(5, 28, 28),
-        "zero": torch.zeros(5, 28, 28),
-    }[kind]
-    counts = masking.region(maps, threshold=threshold).flatten(1).sum(1)
-    assert counts.tolist() == [round((1 - threshold) * 784)] * 5
-
-
 def test_ties_are_spread_over_the_plateau():
     mask = masking.region(torch.zeros(1, 28, 28), threshold=0.75)[0].float()
     quarters = [mask[a:b, c:d].mean().item() for a, b in ((0, 14), (14, 28)) for c, d in ((0, 14), (14, 28))]
@@ -182,10 +169,10 @@ def batches(draw):
         draw(st.integers(1, 3)),
         draw(sizes),
         draw(st.integers(0, 10**6)),
-        draw(st.sampled_from([2, 3, 1000])),
+        draw(st.sampled_from([1, 2, 3, 1000])),
     )
     generator = torch.Generator().manual_seed(seed)
-    maps = torch.randint(0, levels, (n, size, size), generator=generator) / (levels - 1)
+    maps = torch.randint(0, levels, (n, size, size), generator=generator) / max(1, levels - 1)
     images, donors = (torch.rand(n, 3, size, size, generator=generator) for _ in range(2))
     return images, maps, donors
 
