@@ -88,17 +88,11 @@ def soft_labels(labels: Tensor, partner: Tensor, share: Tensor, *, classes: int)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Geometry:
-    """Where each image of a batch is moved; None for what is not done. On the CPU.
+    """Where each image of a batch is moved; None for what is not done. On the CPU."""
 
-    Attributes:
-        degrees: float32 [n], counter-clockwise about the centre.
-        offset: int64 [n, 2], down and right, of a crop.
-        flipped: bool [n], left to right.
-    """
-
-    degrees: Tensor | None
-    offset: Tensor | None
-    flipped: Tensor | None
+    degrees: Tensor | None  # float32 [n], counter-clockwise about the centre
+    offset: Tensor | None  # int64 [n, 2], down and right, of a crop
+    flipped: Tensor | None  # bool [n], left to right
 
     @classmethod
     def draw(cls, n: int, size: int, *, kinds: frozenset[str], draws: Draws) -> Geometry:

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
-from timm.layers import to_2tuple
+from timm.layers.helpers import to_2tuple
 from timm.models import load_state_dict, register_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -28,6 +29,7 @@ from pa_core.errors import ParameterError, did_you_mean
 MIN_GRID = 4  # a heatmap coarser than 4 x 4 says nothing about where
 MAX_TOKENS = 1024  # a smaller patch may not make more of them: attention costs their square
 FEATURES = "forward_features"
+Network = Any  # a timm network: an nn.Module with forward_features, forward_head, get_classifier and pretrained_cfg
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,11 @@ class Classifier(nn.Module):
     ``changes`` says what was changed in the network to keep a CAM grid of at least 4 x 4, one text each.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
-        self, network: nn.Module, *, name: str, classes: int, image_size: int, cam: Cam, changes: tuple[str, ...]
+        self, network: Network, *, name: str, classes: int, image_size: int, cam: Cam, changes: tuple[str, ...]
     ):
         super().__init__()
         self.network, self.name, self.classes, self.image_size = network, name, classes, image_size
@@ -72,10 +77,7 @@ class Classifier(nn.Module):
         return self.network(self.normalise(images))
 
     def forward_cam(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, 3, S, S] in [0, 1] -> (activations, logits [N, classes]), differentiable from the CAM layer on.
-
-        The activations are the CAM layer's output in its own layout, a leaf that requires grad.
-        """
+        """[N, 3, S, S] in [0, 1] -> (the CAM layer's output, a leaf that requires grad; logits [N, classes])."""
         return _cut(self.network, self.cam.layer, self.normalise(images))
 
     def describe(self) -> dict[str, Any]:
@@ -115,8 +117,7 @@ def create(
         cam_layer: dotted name of a module instead of the model's own CAM layer.
 
     Raises:
-        ParameterError: an unknown name, weights that cannot be had or do not fit, a CAM layer that does not exist, or
-            an image size that the network cannot take.
+        ParameterError: an unknown name or CAM layer; weights or an image size that do not suit the network.
     """
     check_name(name)
     with torch.random.fork_rng(devices=[]):
@@ -132,13 +133,14 @@ def create(
         try:
             changes, cam = _fit(network, name, image_size)
         except ParameterError as refusal:
-            if pretrained is True:
-                raise
+            torch.manual_seed(seed)
             try:  # CaiT, ConViT, XCiT and mixers take the size when they are built, and not later
-                network = timm.create_model(name, num_classes=classes, img_size=image_size).eval()
+                network = timm.create_model(
+                    name, pretrained=pretrained is True, num_classes=classes, img_size=image_size
+                )
             except Exception:  # most have no such argument
                 raise refusal from None
-            changes, cam = _fit(network, name, image_size)
+            changes, cam = _fit(network.eval(), name, image_size)
         if isinstance(pretrained, str):
             load_weights(network, Path(pretrained).expanduser())
         if cam_layer is not None:
@@ -151,7 +153,7 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
+def load_weights(network: Network, path: Path) -> None:
     """Load a state dict from a file into a timm network; a head that does not fit keeps its fresh weights.
 
     Raises:
@@ -181,17 +183,14 @@ def load_weights(network: nn.Module, path: Path) -> None:
     network.load_state_dict({key: value for key, value in state.items() if key not in dropped}, strict=False)
 
 
-def _heads(network: nn.Module) -> dict[nn.Module, str]:
+def _heads(network: Network) -> dict[nn.Module, str]:
     """The final classifier(s) with their dotted names; a distilled transformer has two."""
     heads = network.get_classifier()
     heads = list(heads) if isinstance(heads, (list, tuple)) else [heads]
     return {module: name for name, module in network.named_modules() if any(module is head for head in heads)}
 
 
-# The CAM layer
-
-
-def find_cam(network: nn.Module, image_size: int, *, min_grid: int = 1) -> Cam:
+def find_cam(network: Network, image_size: int, *, min_grid: int = 1) -> Cam:
     """The network's own CAM layer, found by what the network gives at this size.
 
     Candidates in this order: the output of ``forward_features`` if it is a map; the last block's norms, the first of
@@ -215,7 +214,7 @@ def find_cam(network: nn.Module, image_size: int, *, min_grid: int = 1) -> Cam:
     raise ValueError(f"no layer of {type(network).__name__} gives a map or patch tokens with a gradient")
 
 
-def _named_cam(network: nn.Module, layer: str, image_size: int) -> Cam:
+def _named_cam(network: Network, layer: str, image_size: int) -> Cam:
     """The CAM layer that the user names."""
     names = [FEATURES, *(name for name, _ in network.named_modules() if name)]
     if layer not in names:
@@ -227,8 +226,8 @@ def _named_cam(network: nn.Module, layer: str, image_size: int) -> Cam:
     return cam
 
 
-def _cam(network: nn.Module, layer: str, image_size: int) -> Cam | None:
-    """A layer, if the logits depend on it, with layout and grid: the two equal axes of its output are the spatial ones."""
+def _cam(network: Network, layer: str, image_size: int) -> Cam | None:
+    """A layer, if the logits depend on it. The two equal axes of its output are the spatial ones: images are square."""
     heads = _heads(network)  # left out, because some begin as zeros
     with register_module_forward_hook(lambda module, inputs, _: inputs[0] if module in heads else None):
         try:
@@ -251,7 +250,7 @@ def _cam(network: nn.Module, layer: str, image_size: int) -> Cam | None:
     return cam if gradient is not None and bool(cam.spatial(gradient).any()) else None
 
 
-def _cut(network: nn.Module, layer: str, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def _cut(network: Network, layer: str, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Forward pass of a network whose graph begins at a layer: (the layer's output, a leaf; the logits)."""
     leaves: list[Tensor] = []
 
@@ -269,10 +268,7 @@ def _cut(network: nn.Module, layer: str, inputs: Tensor) -> tuple[Tensor, Tensor
     return leaves[-1], logits
 
 
-# Small inputs
-
-
-def _fit(network: nn.Module, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
+def _fit(network: Network, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
     """Let the network take images of this size with a CAM grid of at least 4 x 4, by the least change that does.
 
     In this order: none; a smaller patch (networks that can be resized, ViT and Swin); a stride of 1 in the last
@@ -294,9 +290,9 @@ def _fit(network: nn.Module, name: str, size: int) -> tuple[tuple[str, ...], Cam
 
     changes: list[str] = []
     if hasattr(network, "set_input_size") and hasattr(network, "patch_embed"):
-        native = to_2tuple(getattr(network.patch_embed, "patch_size", 0))[0]
+        native: Any = to_2tuple(getattr(network.patch_embed, "patch_size", 0))[0]
         for patch in (p for p in range(native, 0, -1) if size % p == 0 and size // p >= MIN_GRID):
-            other = {"patch_size": (patch, patch)} if patch != native else {}
+            other: dict[str, Any] = {"patch_size": (patch, patch)} if patch != native else {}
             if (not other or (size // patch) ** 2 <= MAX_TOKENS) and (cam := usable(img_size=(size, size), **other)):
                 return ((f"patch size {native} -> {patch}",) if other else ()), cam
     elif cam := usable():
@@ -308,15 +304,12 @@ def _fit(network: nn.Module, name: str, size: int) -> tuple[tuple[str, ...], Cam
                 return tuple(changes), cam
     if not changes and (cam := usable(min_grid=MIN_GRID)):
         return (f"CAM layer {cam.layer}, the last with a grid of {MIN_GRID}x{MIN_GRID} or more",), cam
-    allowed = f"must suit {name} with a heatmap grid of {MIN_GRID}x{MIN_GRID} or more ({reasons[0]}), or another model"
+    allowed = f"must give {name} a heatmap grid of {MIN_GRID}x{MIN_GRID} or more ({reasons[0]}); another model may suit"
     raise ParameterError("image_size", size, allowed)
 
 
-def _reductions(network: nn.Module) -> list[list[str]]:
-    """Names of strided modules, grouped by the resolution they reduce, in the order of the forward pass.
-
-    The branches of a residual block reduce the same resolution, so they are changed together.
-    """
+def _reductions(network: Network) -> list[list[str]]:
+    """Names of strided modules in forward order, grouped by the resolution they reduce: a block's branches together."""
     size = max(256, network.pretrained_cfg.get("input_size", (3, 256, 256))[-1])
     names = {module: n for n, module in network.named_modules() if _stride(module) > 1 and not any(module.children())}
     levels: dict[int, dict[str, None]] = {}  # dict keys as ordered sets
@@ -338,10 +331,10 @@ def _stride(module: nn.Module) -> int:
     return stride if isinstance(stride, int) else 1
 
 
-def _unstride(network: nn.Module, name: str) -> str:
+def _unstride(network: Network, name: str) -> str:
     """Set a module's stride to 1 such that it keeps the resolution; weights keep their shapes."""
-    module, before = network.get_submodule(name), _stride(network.get_submodule(name))
-    one = (1, 1) if isinstance(module.stride, tuple) else 1
+    before = _stride(module := network.get_submodule(name))
+    one: Any = (1, 1) if isinstance(module.stride, tuple) else 1
     if isinstance(module, nn.Conv2d):
         if module.padding == (0, 0) and module.kernel_size[0] > 1:
             module.padding = "same"  # patches side by side have no padding of their own
@@ -351,27 +344,24 @@ def _unstride(network: nn.Module, name: str) -> str:
     return f"stride of {name} {before} -> 1"
 
 
-# Pruning
-
-
 def prune(network: nn.Module, share: float) -> None:
     """Prune this share, in (0, 1], of the weights that are left, those of least magnitude over all layers; in place.
 
     Counted are the weights of all convolutions and linear layers; biases and norms are untouched (Han et al. 2015).
-    ``torch.nn.utils.prune`` keeps ``weight_orig``, the same Parameter as before, so that an optimizer goes on with it,
-    and ``weight_mask``, 1 where a weight is left. A layer has a ``weight`` only while it is called.
+    A layer keeps ``weight_orig``, the Parameter that an optimizer knows, and ``weight_mask``, 1 where a weight is left;
+    it has a ``weight`` only while it is called.
     """
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    layers = [_masked(module) for module in network.modules() if isinstance(module, kinds)]
-    left = torch.cat([layer.weight_mask.flatten() for layer in layers])
-    magnitude = torch.cat([layer.weight_orig.detach().abs().flatten() for layer in layers])
+    layers = [_masked(module) for module in network.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))]
+    left = torch.cat([layer.weight_mask.flatten() for layer in layers]).cpu()
+    magnitude = torch.cat([layer.weight_orig.detach().abs().flatten() for layer in layers]).cpu()
     magnitude[left == 0] = math.inf
-    left[magnitude.topk(round(share * int(left.count_nonzero())), largest=False).indices] = 0
+    count = round(share * int(left.count_nonzero()))
+    left[np.argpartition(magnitude.numpy(), count - 1)[:count]] = 0  # many times faster than topk, and deterministic
     for layer, mask in zip(layers, left.split([layer.weight_mask.numel() for layer in layers]), strict=True):
         layer.weight_mask.copy_(mask.view(layer.weight_mask.shape))
 
 
-def _masked(layer: nn.Module) -> nn.Module:
+def _masked(layer: Any) -> Any:
     """The layer, with a mask of ones if it had none."""
     if not hasattr(layer, "weight_mask"):
         bias = layer.bias
@@ -386,8 +376,7 @@ def _masked(layer: nn.Module) -> nn.Module:
 
 def check_prunable(model: Classifier) -> None:
     """Refuse a network that reads the weight of a layer without calling the layer (BEiT): a mask has no hold there."""
-    trial = copy.deepcopy(model)
-    prune(trial, 0.5)
+    prune(trial := copy.deepcopy(model), 0.5)
     try:
         trial(torch.zeros(1, 3, model.image_size, model.image_size, device=model.mean.device))
     except AttributeError as error:
@@ -416,11 +405,8 @@ def restore_pruning(network: nn.Module, state: dict[str, Any]) -> None:
             _masked(layer)
 
 
-# A small, fast network for 32 x 32 images
-
-
 class ResNet9(nn.Module):
-    """Page's ResNet-9 ("How to train your ResNet", DAWNBench 2018): eight convolutions, two of the stages residual.
+    """Page's ResNet-9 ("How to train your ResNet", DAWNBench 2018), a small and fast network for 32 x 32 images.
 
     As in airbench (Jordan 2024) a stage pools before it normalises: norm and activation see a quarter of the pixels.
     """

@@ -79,7 +79,7 @@ class Parameters(BaseModel):
     threshold: Annotated[float, Ge(0), Le(10)] = _p(0.75, "quantile 0.75 masks exactly a quarter of each image")
     max_share: Share = _p(1.0, "most of an image that is masked, the highest values first")
     fill: Literal["zero", "one", "mean", "max", "min", "half_max", "noise", "blur", "patch", "blend", "none"] = _p(
-        "mean", "what masked pixels become: docs/methods.md explains each"
+        "mean", "what masked pixels become; pa_core.masking.apply explains each"
     )
     weight: Probability = _p(1.0, "of the fill; 0 changes nothing")
     feather: Annotated[int, Ge(0), Le(4096)] = _p(0, "pixels over which the fill fades in from the mask's edge")
@@ -192,9 +192,8 @@ class Experiment(Parameters):
     @property
     def explains(self) -> bool:
         """Whether a proxy step makes maps, and not a selection alone."""
-        return bool(steps(self.schedule)) and (
-            self.masks or self.erase_region != "anywhere" or self.mix_labels == "attention"
-        )
+        looked_at = self.masks or self.erase_region != "anywhere" or self.mix_labels == "attention"
+        return looked_at and steps(self.schedule) > 0
 
     @property
     def masks(self) -> bool:
@@ -206,14 +205,14 @@ class Experiment(Parameters):
         """``label`` or ``predicted``; mixing by attention needs maps of the label."""
         return "label" if self.mix_labels == "attention" else self.xai_target
 
+    def changed(self) -> dict[str, Any]:
+        """The parameters that differ from their defaults."""
+        return {k: v for k, v in self.to_dict().items() if v != Parameters.model_fields[k].default}
+
     def effective(self) -> dict[str, Any]:
-        """The parameters that have an effect and differ from their defaults."""
+        """Those of them that have an effect."""
         unused = _without_effect(self)
-        return {
-            name: value
-            for name, value in self.to_dict().items()
-            if name not in unused and value != type(self).model_fields[name].default
-        }
+        return {name: value for name, value in self.changed().items() if name not in unused}
 
     def digest(self, *, data: str, image_size: int, weights: str = "") -> str:
         """The run's identity: SHA-256 (hex) of schema number, effective parameters and content.
@@ -229,8 +228,7 @@ class Experiment(Parameters):
 
     def command(self, notebook: str) -> str:
         """The papermill command that runs a notebook with these parameters."""
-        changed = [(k, v) for k, v in self.to_dict().items() if v != type(self).model_fields[k].default]
-        options = [f"-p {name} {shlex.quote(str(value))}" for name, value in changed]
+        options = [f"-p {name} {shlex.quote(str(value))}" for name, value in self.changed().items()]
         return " ".join([f"papermill notebooks/{notebook}.ipynb {notebook}.out.ipynb", *options])
 
     def to_dict(self) -> dict[str, Any]:

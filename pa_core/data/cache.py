@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,13 +47,13 @@ class Catalogue:
     """What is known of the N images of a dataset, the broken ones too: unique ids, labels, official parts (``train``,
     ``val``, ``test``), digests (empty if unread), stored heights and widths, why one cannot be used (else empty)."""
 
-    classes: Sequence[str]
-    ids: Sequence[str]
-    labels: Sequence[int]
-    parts: Sequence[str]
-    digests: Sequence[str]
-    sizes: Sequence[tuple[int, int]]
-    reasons: Sequence[str]
+    classes: list[str]
+    ids: list[str]
+    labels: list[int]
+    parts: list[str]
+    digests: list[str]
+    sizes: list[tuple[int, int]]
+    reasons: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Source:
     folder: str
     origin: tuple[str, Any]
     state: Callable[[], str]
-    open: Callable[[], tuple[Sequence[str], int, Callable[[int], Entry]]]
+    open: Callable[[], tuple[list[str], int, Callable[[int], Entry]]]
     image_size: int | None = None
     ready: tuple[Catalogue, np.ndarray] | None = None
 
@@ -88,7 +88,7 @@ def decoded(source: Source, size: int | None) -> tuple[Catalogue, np.ndarray]:
         ParameterError: the data home cannot be written, or has no room; or as ``source.open`` does.
     """
     home = files.data_home() / "cache"
-    index = home / "index" / f"{_sha([source.name, source.folder])}.json"
+    index = home / "index" / f"{_sha([source.name, source.folder, PIL.__version__])}.json"
     if found := _cached(index, source, size):
         return found
     try:
@@ -104,7 +104,7 @@ def _cached(index: Path, source: Source, size: int | None) -> tuple[Catalogue, n
     """None where the files have changed, there is no cache of this size, or what there is is damaged."""
     try:
         kept = json.loads(index.read_bytes())
-        if kept.pop("state") != _state(source):
+        if kept.pop("state") != source.state():
             return None
         catalogue = Catalogue(**kept)
         size = size or _fitting(catalogue.sizes)
@@ -117,19 +117,18 @@ def _cached(index: Path, source: Source, size: int | None) -> tuple[Catalogue, n
 
 def _build(index: Path, source: Source, size: int | None) -> tuple[Catalogue, np.ndarray]:
     classes, count, read = source.open()
-    state, part = _state(source), index.with_suffix(".part")
+    state, part = source.state(), index.with_suffix(".part")
     size = size or _fitting([decode.stored_size(str(read(i).image)) for i in range(count) if read(i).label >= 0])
     shape, rows = (count, 3, size, size), []
     if (free := shutil.disk_usage(index.parent).free) < (needed := int(np.prod(shape))):
         text = f"must have room for the images, {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
         raise ParameterError("PA_DATA", str(files.data_home()), text)
 
-    def one(number: int) -> tuple[tuple, bytes]:
+    def one(number: int) -> tuple[tuple[Any, ...], bytes]:
         entry = read(number)
         found = ("", (0, 0), STRAY, None) if entry.label < 0 else decode.decode(entry.image, size)
-        *described, pixels = found
-        values = (entry.id, entry.label, entry.part, *described)
-        return values, bytes(3 * size * size) if pixels is None else pixels.tobytes()
+        pixels = bytes(3 * size * size) if found[-1] is None else found[-1].tobytes()
+        return (entry.id, entry.label, entry.part, *found[:-1]), pixels
 
     # Threads: hashing, decoding and resizing leave Python's lock, and they work in notebooks and scripts alike.
     bar = tqdm(total=count, desc=f"decoding {source.name}", delay=1, mininterval=0.1 if sys.stderr.isatty() else 10)
@@ -155,7 +154,7 @@ def _build(index: Path, source: Source, size: int | None) -> tuple[Catalogue, np
     # A file that could not be read just now is read again next time, and so are all.
     if all(digest or reason in (decode.MISSING, STRAY) for digest, reason in zip(digests, reasons, strict=True)):
         with files.replacing(index) as temporary:
-            temporary.write_text(json.dumps({"state": state, **asdict(catalogue)}))
+            temporary.write_text(json.dumps({"state": state, **vars(catalogue)}))
     return catalogue, np.asarray(np.load(path, mmap_mode="r"))
 
 
@@ -166,10 +165,6 @@ def _fitting(sizes: Sequence[tuple[int, int]]) -> int:
 
 def _path(index: Path, catalogue: Catalogue, size: int) -> Path:
     return index.parents[1] / f"{_sha([decode.VERSION, size, list(catalogue.digests)])}.npy"
-
-
-def _state(source: Source) -> str:
-    return _sha([decode.VERSION, PIL.__version__, source.state()])
 
 
 def _sha(content: Any) -> str:

@@ -139,36 +139,26 @@ def load(
         ParameterError: there is no such dataset, or the images do not allow what is asked.
     """
     origin, found, pixels = _find(dataset, data_dir, bad_images, image_size)
-    labels = np.array(found.labels, dtype=np.int64)
-    sizes = torch.tensor(found.sizes, dtype=torch.int64)
-    rows = splits.split(
-        rows=np.flatnonzero([not reason for reason in found.reasons]),
-        labels=labels,
-        digests=found.digests,
-        parts=np.array(found.parts),
-        classes=found.classes,
-        origin=origin,
-        folds=folds,
-        fold=fold,
-        seed=seed,
-        train_fraction=train_fraction,
-    )
-    ids = {name: tuple(found.ids[row] for row in part) for name, part in rows.items()}
-    dropped = ids.pop("dropped")
-    fields = {
-        name: {"ids": ids[name], "labels": torch.from_numpy(labels[part]), "sizes": sizes[part], "rows": part}
-        for name, part in rows.items()
-        if name != "dropped"
-    }
+    rows = splits.split(found, origin=origin, folds=folds, fold=fold, seed=seed, train_fraction=train_fraction)
+    labels, sizes = torch.tensor(found.labels), torch.tensor(found.sizes)
+
+    def part(name: str) -> Part:
+        chosen = rows[name]
+        ids = tuple(found.ids[row] for row in chosen.tolist())
+        return Part(name=name, ids=ids, labels=labels[chosen], sizes=sizes[chosen], store=pixels, rows=chosen)
+
+    train, val, test = map(part, ("train", "val", "test"))
     return Dataset(
         name=dataset,
         classes=tuple(found.classes),
         image_size=pixels.shape[-1],
-        **{name: Part(name=name, store=pixels, **some) for name, some in fields.items()},
+        train=train,
+        val=val,
+        test=test,
         digest=_digest(found),
-        split_digest=_sha([[name, names] for name, names in ids.items()]),
+        split_digest=_sha([[some.name, some.ids] for some in (train, val, test)]),
         skipped=tuple(f"{name}: {reason}" for name, reason in zip(found.ids, found.reasons, strict=True) if reason),
-        dropped=dropped,
+        dropped=tuple(found.ids[row] for row in rows["dropped"].tolist()),
     )
 
 

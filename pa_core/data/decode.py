@@ -35,7 +35,8 @@ def decode(source: str | Image.Image, size: int) -> tuple[str, tuple[int, int], 
     digest, shape = "", (0, 0)
     try:
         content = _read(source) if isinstance(source, str) else source
-        digest, image = content_digest(content), _open(content)
+        digest = content_digest(content)  # also of what is no image
+        image = _open(content)
         shape = (image.height, image.width)
         return digest, shape, "", _pixels(image, content, size)
     except UNREADABLE as error:
@@ -67,7 +68,7 @@ def stored_size(path: str) -> tuple[int, int]:
 
 def content_digest(content: bytes | Image.Image) -> str:
     """SHA-256 (hex) of a file's bytes, or of an image's mode, size and pixels."""
-    if isinstance(content, Image.Image):
+    if not isinstance(content, bytes):
         content = f"{content.mode} {content.size} ".encode() + content.tobytes()
     return hashlib.sha256(content).hexdigest()
 

@@ -64,12 +64,12 @@ def scan(root: Path) -> tuple[list[str], list[Entry]]:
             _refuse(root, f"{top.name}/ has classes that {parts['train'].name}/ lacks: {', '.join(unknown)}")
         found = [(path, classes.index(name)) for name, folder in folders[part].items() for path in walk(folder, top)]
         found += [(str(path), -1) for path in top.iterdir() if not path.is_dir() and not _hidden(path.name)]
-        images = [(path, label) for path, label in found if has_file_allowed_extension(path, EXTENSIONS)]
-        if not images:
+        known = len(entries)
+        for path, label in found:
+            if has_file_allowed_extension(path, EXTENSIONS):
+                entries.append(Entry(os.path.relpath(path, root).replace(os.sep, "/"), path, label, part))
+        if len(entries) == known:
             _refuse(root, f"{top.name}/ holds no image")
-        entries += [
-            Entry(os.path.relpath(path, root).replace(os.sep, "/"), path, label, part) for path, label in images
-        ]
     return classes, sorted(entries)
 
 

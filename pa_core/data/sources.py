@@ -44,9 +44,7 @@ def find(name: str, data_dir: str | None) -> Source:
         return folder.find(root)
     if name == "fashion_mini":
         if root is not None:
-            text = (
-                "must be none, for fashion_mini comes with the package; dataset folder reads a folder of class folders"
-            )
+            text = "must be none, for fashion_mini comes with the package (set dataset to folder for your own images)"
             raise ParameterError("data_dir", data_dir, text)
         return _fashion_mini()
     return torchvision_sets.find(name, root or data_home().absolute() / name)
@@ -79,6 +77,6 @@ def _fashion_mini() -> Source:
 
 
 def fashion_mini() -> dict[str, np.ndarray]:
-    """The arrays of ``fashion_mini``, for ``train`` and ``test``: images uint8 [n, 28, 28], labels, rows in the originals."""
+    """The arrays of ``fashion_mini``: images uint8 [n, 28, 28], labels and rows in the originals, of both parts."""
     with np.load(FASHION_MINI) as file:
         return dict(file)

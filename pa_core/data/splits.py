@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from sklearn.model_selection import StratifiedKFold, train_test_split
-from sklearn.utils import shuffle
 
+from pa_core.data.cache import Catalogue
 from pa_core.errors import ParameterError
 from pa_core.params import derived_seed
 
@@ -16,17 +16,7 @@ DEFAULTS = {"folds": 5, "fold": 0}
 
 
 def split(
-    *,
-    rows: np.ndarray,
-    labels: np.ndarray,
-    digests: Sequence[str],
-    parts: np.ndarray,
-    classes: Sequence[str],
-    origin: tuple[str, Any],
-    folds: int,
-    fold: int,
-    seed: int,
-    train_fraction: float,
+    images: Catalogue, *, origin: tuple[str, Any], folds: int, fold: int, seed: int, train_fraction: float
 ) -> dict[str, np.ndarray]:
     """Rows (int64, ascending) of ``train``, ``val``, ``test``, and of those ``dropped`` as copies.
 
@@ -36,15 +26,15 @@ def split(
     validation copies of a test image, are left out.
 
     Args:
-        rows: int64 [n], the rows to split.
-        labels, digests, parts: of all N rows; ``parts`` are the official ones.
-        classes: names, by label.
+        images: those with a reason against them are in no part.
         origin: parameter and value to name when the images do not suffice.
 
     Raises:
         ParameterError: an official part is empty, a class is too small, or folds are asked for where the validation
             images are given.
     """
+    labels, parts = np.array(images.labels), np.array(images.parts)
+    rows = np.flatnonzero([not reason for reason in images.reasons])
     by_part = {part: rows[parts[rows] == part] for part in ("train", "val", "test")}
     given = set(parts)
     for part in given:
@@ -54,12 +44,12 @@ def split(
         if "val" in given and value != DEFAULTS[name]:
             text = f"must be {DEFAULTS[name]}, for the dataset has its own validation images"
             raise ParameterError(name, value, text)
-    content = np.unique(np.asarray(digests), return_inverse=True)[1]
+    content = np.unique(images.digests, return_inverse=True)[1]
     train, val, test = by_part.values()
     val = val[~np.isin(content[val], content[test])]
     train = train[~np.isin(content[train], content[np.concatenate([test, by_part["val"]])])]
     dropped = np.setdiff1d(rows, np.concatenate([train, val, test]))
-    _check_counts(labels[_firsts(train, content)], classes, origin, given, folds)
+    _check_counts(labels[_firsts(train, content)], images.classes, origin, given, folds)
     if "test" not in given:
         firsts = _firsts(train, content)
         members = [firsts[labels[firsts] == label] for label in np.unique(labels[firsts])]
@@ -107,8 +97,9 @@ def _side(rows: np.ndarray, chosen: np.ndarray, content: np.ndarray) -> list[np.
 
 def _share(rows: np.ndarray, labels: np.ndarray, fraction: float, state: int) -> np.ndarray:
     """A share of each class, at least one; a smaller share is part of every larger one."""
-    members = [shuffle(rows[labels[rows] == label], random_state=state) for label in np.unique(labels[rows])]
-    return np.sort(np.concatenate([m[: max(1, int(fraction * len(m) + 0.5))] for m in members]))
+    members = [rows[labels[rows] == label] for label in np.unique(labels[rows])]
+    shuffled = [np.random.RandomState(state).permutation(some) for some in members]
+    return np.sort(np.concatenate([some[: max(1, int(fraction * len(some) + 0.5))] for some in shuffled]))
 
 
 def _state(seed: int, *purpose: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def find(name: str, root: Path) -> Source:
     )
 
 
-def _opened(name: str, row: Row, root: Path) -> tuple[Sequence[str], int, Callable[[int], Entry]]:
+def _opened(name: str, row: Row, root: Path) -> tuple[list[str], int, Callable[[int], Entry]]:
     parts = _get(name, row, root)
     where = [(part, number) for part, images in parts.items() for number in range(len(images))]
     some: Any = parts["train"]
@@ -112,13 +112,11 @@ def _opened(name: str, row: Row, root: Path) -> tuple[Sequence[str], int, Callab
         try:
             image, label = parts[part][number]
         except Exception as error:  # torchvision raises whatever its formats do
-            text = (
-                f"must have images and labels that can be read in {root} ({one_line(error)}), which needs {row.files}"
-            )
+            text = f"must be readable in {root} ({one_line(error)}), which needs {row.files}"
             raise ParameterError("dataset", name, text) from error
-        if isinstance(image, Image.Image) and getattr(image, "filename", ""):
+        if isinstance(image, Image.Image) and (path := getattr(image, "filename", "")):
             image.close()  # opened, not decoded yet
-            image = os.fspath(image.filename)
+            image = os.fspath(path)
         id_ = Path(image).relative_to(root).as_posix() if isinstance(image, str) else f"{number:05d}"
         return Entry(f"{part}/{id_}", image, int(label), part)
 
@@ -148,7 +146,7 @@ def _get(name: str, row: Row, root: Path) -> dict[str, Any]:
 
 def _download(row: Row, root: Path) -> dict[str, Any]:
     new = root / ".download"
-    if any(path != new for path in root.glob("*")):  # archives that lie there are unpacked, what is missing is fetched
+    if root.exists() and any(walk(root, root)):  # archives that lie there are unpacked, what is missing is fetched
         return _open(row, root, download=True)
     # torchvision takes half of an unpacked archive for all of it, so it unpacks elsewhere and the whole is moved.
     shutil.rmtree(new, ignore_errors=True)  # of a download that was killed
@@ -156,6 +154,7 @@ def _download(row: Row, root: Path) -> dict[str, Any]:
     try:
         _open(row, new, download=True)
         for path in list(new.iterdir()):
+            shutil.rmtree(root / path.name, ignore_errors=True)  # an empty folder that torchvision has made
             path.replace(root / path.name)
     finally:
         shutil.rmtree(new)
