@@ -252,7 +252,8 @@ _ELSEWHERE = frozenset("data_dir device runs_dir bad_images image_size".split())
 
 def _without_effect(e: Experiment) -> set[str]:
     """Names of parameters whose value changes nothing in this run."""
-    unused, count = set(_ELSEWHERE), steps(e.schedule)
+    unused: set[str] = set(_ELSEWHERE)
+    count = steps(e.schedule)
     rules: list[tuple[bool, Iterable[str]]] = [
         (not count, PROXY_PARAMETERS),
         (count == 1, {"keep_proxies"}),

@@ -227,9 +227,8 @@ def test_a_disk_that_is_full(tmp_path, undisturbed):
 def test_an_error_of_its_own_is_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(AttributeError):
         save_checkpoint(tmp_path, {"x": lambda: None})
-    with pytest.raises(RuntimeError, match="^mine$"):
-        with runs.replacing(tmp_path / "x"):
-            raise RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="^mine$"), runs.replacing(tmp_path / "x"):
+        raise RuntimeError("mine")
     assert not list(tmp_path.iterdir()) and resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
