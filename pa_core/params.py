@@ -139,10 +139,6 @@ class Experiment(Parameters):
     """
 
     def __init__(self, **values: Any):
-        for name, value in values.items():
-            if name not in Parameters.model_fields:
-                allowed = f"must be a parameter's name{did_you_mean(name, Parameters.model_fields)}"
-                raise ParameterError(name, value, f"{allowed}; docs/parameters.md lists them")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -342,8 +338,6 @@ def check(name: str, value: Any) -> Any:
     Raises:
         ParameterError: the value is not allowed, or there is no such parameter.
     """
-    if name not in PARAMETERS:
-        raise ParameterError(name, value, f"must be a parameter's name{did_you_mean(name, PARAMETERS)}")
     try:
         return getattr(Parameters(**{name: value}), name)
     except ValidationError as error:
@@ -353,11 +347,18 @@ def check(name: str, value: Any) -> Any:
 def _refusal(error: ValidationError) -> ParameterError:
     """The first thing that pydantic found, in one sentence."""
     first = error.errors()[0]
-    name = str(first["loc"][0])
-    reason = first.get("ctx", {}).get("error")
-    known = PARAMETERS[name]
+    name, value = str(first["loc"][0]), first["input"]
+    if name not in PARAMETERS:
+        return unknown(name, value, PARAMETERS)
+    known, reason = PARAMETERS[name], first.get("ctx", {}).get("error")
     allowed = str(reason) if reason else f"must be {known.allowed or known.description}"
-    return ParameterError(name, first["input"], allowed + did_you_mean(first["input"], known.choices))
+    return ParameterError(name, value, allowed + did_you_mean(value, known.choices))
+
+
+def unknown(name: str, value: Any, known: Iterable[str]) -> ParameterError:
+    """Why a name that is no parameter is refused, with the nearest one."""
+    allowed = f"must be a parameter's name{did_you_mean(name, known)}; docs/parameters.md lists them"
+    return ParameterError(name, value, allowed)
 
 
 def markdown() -> str:
@@ -374,8 +375,7 @@ def refuse_unknown(namespace: Mapping[str, Any], known: Iterable[str]) -> None:
     names = list(known)
     for name in _assigned(namespace.get("In", [])):
         if name not in names:
-            allowed = f"must be a parameter's name{did_you_mean(name, names)}; docs/parameters.md lists them"
-            raise ParameterError(name, namespace.get(name), allowed)
+            raise unknown(name, namespace.get(name), names)
 
 
 def assigned(source: str) -> list[str]:
