@@ -119,11 +119,12 @@ class Parameters(BaseModel):
         """A value as papermill, YAML or a DataFrame hands it over, in the form that the field's type reads."""
         value = value.item() if hasattr(value, "item") else value  # numpy scalars
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        kind = cls.model_fields[info.field_name or ""].annotation
+        name = info.field_name or ""
+        kind = cls.model_fields[name].annotation
         members = get_args(kind) or (kind,)
         text = value.strip().lower() if isinstance(value, str) else value
         if isinstance(value, bool) and {int, float} & {(get_args(m) or [m])[0] for m in members}:
-            value = str(value)  # Python takes True for 1
+            raise ValueError(f"must be {PARAMETERS[name].allowed or PARAMETERS[name].description}")  # else True is 1
         if type(None) in members:
             return None if text == "none" else value
         if get_origin(kind) is Literal or bool in members and text in ("true", "false") or text == "auto":
