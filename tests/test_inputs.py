@@ -105,7 +105,7 @@ BAD = [
     ({"protocol": "thesis", "train_fraction": 0.0001}, "train_fraction", ["two to halve"]),
     ({"protocol": "thesis", "schedule": "1,p,x0.5,1"}, "schedule", ["epochs and p alone"]),
     ({"batch_size": 0}, None, ["at least 1", "auto"]),
-    ({"seed": True}, None, ["a number"]),
+    ({"seed": True}, None, ["a whole number"]),
     ({"deterministic": 2}, None, ["true or false"]),
     ({"precision": "fp16"}, None, ["auto, fp32 or bf16"]),
     ({"device": "cuda:99"}, None, ["auto, cpu"]),
