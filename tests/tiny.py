@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from pa_core.runs import Run
 
 QUIET: dict[str, Any] = {"log": lambda _text: None}
 CPU = torch.device("cpu")
+
+# Processes are forked off one that has imported torch, and done nothing else: no import at each start.
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+PROCESSES = multiprocessing.get_context(METHOD)
+if METHOD == "forkserver":
+    PROCESSES.set_forkserver_preload(
+        ["pa_core.experiment", "pytest", "tensorboard.backend.event_processing.event_accumulator"]
+    )
 
 
 def small(tmp_path: Path, **changes: Any) -> Experiment:
