@@ -14,7 +14,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 
 ifdef PY
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY)
-NEEDS := torch torchvision timm captum papermill matplotlib pandas sklearn yaml filelock
+NEEDS := torch torchvision timm captum papermill matplotlib pandas sklearn pydantic yaml filelock
 MISSING := import sys, importlib.util as u; print(*[m for m in sys.argv[1:] if not u.find_spec(m)])
 else
 RUN = PYTHONPATH="$(CURDIR)" $(VENV)/bin/python
@@ -103,7 +103,7 @@ CHECKS := $(patsubst %,tests/test_%.py,setup golden params schedule masking sele
 # The same metadata in every committed notebook, whatever made it; prints that follow one another are one output.
 TIDY = --CoalesceStreamsPreprocessor.enabled=True --ClearMetadataPreprocessor.enabled=True \
     --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags \
-    --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
+    "--ClearMetadataPreprocessor.preserve_nb_metadata_mask={'kernelspec', ('language_info', 'name')}"
 
 # The notebooks get a runs folder of their own, so that every run in them is really made.
 test: setup

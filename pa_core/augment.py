@@ -58,22 +58,19 @@ def change(
     e = experiment
     if "erase" in e.augmentations:
         images = erase(images, maps, region=e.erase_region, probability=e.erase_probability, draws=draws["erase"])
-    by = maps if e.mix_labels == "attention" else None
-    cut = blend = None
+    by, mixed = maps if e.mix_labels == "attention" else None, []
     if "cutmix" in e.augmentations:
-        cut = cutmix(images, by, probability=e.mix_probability, alpha=e.cutmix_alpha, draws=draws["cutmix"])
+        mixed.append(cutmix(images, by, probability=e.mix_probability, alpha=e.cutmix_alpha, draws=draws["cutmix"]))
     if "mixup" in e.augmentations:
-        blend = mixup(images, probability=e.mix_probability, draws=draws["mixup"])
-    if cut and blend:  # each image gets one or the other
-        first = send(torch.rand(len(images), generator=draws["cutmix or mixup"]) < 0.5, images.device)
-        mixed, partner, share = (
-            torch.where(first.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(cut, blend, strict=True)
-        )
-    elif cut or blend:
-        mixed, partner, share = cut or blend
-    else:
+        mixed.append(mixup(images, probability=e.mix_probability, draws=draws["mixup"]))
+    if not mixed:
         return images, labels
-    return mixed, soft_labels(labels, partner, share, classes=classes)
+    images, partner, share = mixed[0]
+    if len(mixed) == 2:  # each image gets one or the other
+        first = send(torch.rand(len(images), generator=draws["cutmix or mixup"]) < 0.5, images.device)
+        images = torch.where(first[:, None, None, None], images, mixed[1][0])
+        partner, share = (torch.where(first, a, b) for a, b in zip(mixed[0][1:], mixed[1][1:], strict=True))
+    return images, soft_labels(labels, partner, share, classes=classes)
 
 
 def soft_labels(labels: Tensor, partner: Tensor, share: Tensor, *, classes: int) -> Tensor:
@@ -88,17 +85,11 @@ def soft_labels(labels: Tensor, partner: Tensor, share: Tensor, *, classes: int)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Geometry:
-    """Where each image of a batch is moved; None for what is not done. On the CPU.
+    """Where each image of a batch is moved; None for what is not done. On the CPU."""
 
-    Attributes:
-        degrees: float32 [n], counter-clockwise about the centre.
-        offset: int64 [n, 2], down and right, of a crop.
-        flipped: bool [n], left to right.
-    """
-
-    degrees: Tensor | None
-    offset: Tensor | None
-    flipped: Tensor | None
+    degrees: Tensor | None  # float32 [n], counter-clockwise about the centre
+    offset: Tensor | None  # int64 [n, 2], down and right, of a crop
+    flipped: Tensor | None  # bool [n], left to right
 
     @classmethod
     def draw(cls, n: int, size: int, *, kinds: frozenset[str], draws: Draws) -> Geometry:

@@ -21,24 +21,14 @@ from pa_core.params import Experiment
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pool:
-    """What an epoch draws from: M entries, each an image of a part, and perhaps the map that may change it.
-
-    Attributes:
-        part: the images.
-        origin: int64 [M], their positions in the part.
-        row: int64 [M], the entry's map among ``maps``, -1 for none.
-        proxied: bool [M], whether a draw may be masked by the map.
-        withheld: bool [M], whether a draw has no part in the loss.
-        maps: float16 [K, h, w] in [0, 1], on the images' device.
-    All but the maps are on the CPU.
-    """
+    """What an epoch draws from: M entries, each an image of a part, and perhaps the map that may change it."""
 
     part: Part
-    origin: Tensor
-    row: Tensor
-    proxied: Tensor
-    withheld: Tensor
-    maps: Tensor
+    origin: Tensor  # int64 [M], positions in the part; all but the maps are on the CPU
+    row: Tensor  # int64 [M], the entry's map among ``maps``, -1 for none
+    proxied: Tensor  # bool [M], whether a draw may be masked by the map
+    withheld: Tensor  # bool [M], whether a draw has no part in the loss
+    maps: Tensor  # float16 [K, h, w] in [0, 1], on the images' device
 
     @classmethod
     def of(cls, part: Part) -> Pool:
@@ -64,17 +54,11 @@ class Pool:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """What the network is trained on.
+    """What the network is trained on."""
 
-    Attributes:
-        images: float32 [n, 3, S, S] in [0, 1].
-        targets: int64 [n], or float32 [n, classes] with rows that sum to 1 where labels are mixed.
-        weights: float32 [n] of the loss, or None where all count alike.
-    """
-
-    images: Tensor
-    targets: Tensor
-    weights: Tensor | None = None
+    images: Tensor  # float32 [n, 3, S, S] in [0, 1]
+    targets: Tensor  # int64 [n], or float32 [n, classes] with rows that sum to 1 where labels are mixed
+    weights: Tensor | None  # float32 [n] of the loss, or None where all count alike
 
 
 def make(

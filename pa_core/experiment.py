@@ -55,63 +55,53 @@ def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
     """
     prepared = experiment if isinstance(experiment, Prepared) else prepare(experiment)
     path, e = prepared.path, prepared.experiment
-    _make_folder(path, e.runs_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        allowed = f"must be a folder that can be written ({error.strerror})"
+        raise ParameterError("runs_dir", e.runs_dir, allowed) from error
     waiting = f"another process trains {path.name}; waiting for it"
-    with (
-        files.lock(path / "lock", waiting, log),
-        torch.random.fork_rng(),
-        device.numerics(e, threads=Run(path).manifest.get("threads")),
-    ):
+    with files.lock(path / "lock", waiting, log), torch.random.fork_rng():
         for leftover in path.glob("*.part"):  # of a process killed while it wrote; who holds the lock writes alone
             leftover.unlink()
         if Run(path).finished:
             runs.remove_checkpoint(path)  # of a process killed between the two
             log(f"finished before: {shown(path)}")
             return Run(path)
-        walk = _begin(prepared, log)
-        try:
-            _walk(walk)
-            _finish(walk)
-        except BaseException as error:  # noted in the manifest, then raised on
-            status = runs.INTERRUPTED if isinstance(error, KeyboardInterrupt) else runs.FAILED
+        with device.numerics(e, threads=Run(path).manifest.get("threads")):
+            walk = _begin(prepared, log)
             try:
-                runs.update_manifest(path, status=status, error=f"{type(error).__name__}: {error}")
-            except RunError as unnoted:  # on a full disk; the first error is the one to show
-                error.add_note(str(unnoted))
-            raise
-        finally:
-            walk.board.close()
+                _walk(walk)
+                _finish(walk)
+            except BaseException as error:
+                _note_failure(path, error)
+                raise
+            finally:
+                walk.board.close()
     return Run(path)
 
 
-def _make_folder(path: Path, runs_dir: str) -> None:
+def _note_failure(path: Path, error: BaseException) -> None:
+    status = runs.INTERRUPTED if isinstance(error, KeyboardInterrupt) else runs.FAILED
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        allowed = f"must be a folder that can be written ({error.strerror})"
-        raise ParameterError("runs_dir", runs_dir, allowed) from error
+        runs.update_manifest(path, status=status, error=f"{type(error).__name__}: {error}")
+    except RunError as unnoted:  # on a full disk; the first error is the one to show
+        error.add_note(str(unnoted))
 
 
 @dataclass(kw_only=True)
 class Walk:
-    """A run under way.
-
-    Attributes:
-        position: in the list of events, of the next one.
-        steps: the proxy steps whose maps are in use, by number.
-        records: of all proxy steps so far.
-        rows: of metrics.jsonl.
-    """
+    """A run under way."""
 
     prepared: Prepared
     state: train.State
     batch_size: int
     board: SummaryWriter
     log: Log
-    position: int = 0
-    steps: dict[int, Step] = field(default_factory=dict)
-    records: list[dict[str, Any]] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    position: int = 0  # in the list of events, of the next one
+    steps: dict[int, Step] = field(default_factory=dict)  # whose maps are in use, by number
+    records: list[dict[str, Any]] = field(default_factory=list)  # of all proxy steps so far
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
 
     @property
     def experiment(self) -> Experiment:
@@ -125,100 +115,64 @@ class Walk:
     def part(self) -> data.Part:
         return self.prepared.dataset.train
 
-    @property
-    def events(self) -> tuple[Event, ...]:
-        return schedule.parse(self.experiment.schedule, p_trains=self.experiment.protocol != "clean")
-
     def stage(self, number: int) -> protocol.Stage:
         """What a stage trains on, with the maps that are in use."""
         return protocol.stage(self.part, self.experiment, number=number, steps=list(self.steps.values()))
 
-    def checkpoint(self) -> dict[str, Any]:
-        """All that is needed to go on; the maps in use are named, they are files of the run already."""
-        kept = {"position": self.position, "steps": list(self.steps), "records": self.records, "metrics": self.rows}
-        return {"state": self.state.state_dict(), **kept}
+    def load_step(self, number: int) -> Step:
+        return Step.load(Run(self.path).step(number), self.part.resident or "cpu")
+
+
+KEPT = ("position", "records", "rows")
 
 
 def _begin(prepared: Prepared, log: Log) -> Walk:
     """A fresh run, or one that stands where its checkpoint left it."""
-    path, e = prepared.path, prepared.experiment
+    path, e, dataset, where = prepared.path, prepared.experiment, prepared.dataset, prepared.device
     manifest, checkpoint = Run(path).manifest, runs.load_checkpoint(path, log)
-    if manifest:
-        _check_resume(prepared, manifest)
+    if manifest and manifest["precision"] != prepared.precision:  # digest and code are in the directory's name
+        was = f"its precision is {manifest['precision']}, and would now be {prepared.precision}"
+        raise RunError(f"{shown(path)} cannot be continued: {was}")
     torch.manual_seed(derived_seed(e.seed, "training"))
     batch_size = manifest.get("batch_size") or _batch_size(prepared, log)
-    prepared = replace(prepared, dataset=_placed(prepared))
-    n = protocol.draws(len(prepared.dataset.train), e)
-    state = train.create_state(
-        copy.deepcopy(prepared.model),
-        e,
-        total_steps=e.length * train.steps_per_epoch(n, batch_size),
-        device=prepared.device,
-        dtype=prepared.dtype,
-    )
+    if data.fits([dataset.train, dataset.val], where):  # the test images, read once, stay in their file
+        prepared = replace(prepared, dataset=replace(dataset, train=dataset.train.on(where), val=dataset.val.on(where)))
+    total = e.length * train.steps_per_epoch(protocol.draws(len(dataset.train), e), batch_size)
+    model = copy.deepcopy(prepared.model)
+    state = train.create_state(model, e, total_steps=total, device=where, dtype=prepared.dtype)
     board = SummaryWriter(str(path / "tensorboard"), purge_step=checkpoint["state"]["epoch"] + 1 if checkpoint else 1)
     walk = Walk(prepared=prepared, state=state, batch_size=batch_size, board=board, log=log)
     if checkpoint is None:
         manifest = _new_manifest(walk)
     else:
-        _continue(walk, checkpoint)
+        state.load_state_dict(checkpoint["state"])
+        for name in KEPT:
+            setattr(walk, name, checkpoint[name])
+        walk.steps = {number: walk.load_step(number) for number in checkpoint["steps"]}
         manifest["resumed"] = [*manifest.get("resumed", []), {"epoch": state.epoch, "time": runs.now()}]
+        log(f"continuing {path.name} after epoch {state.epoch}")
     runs.write_metrics(path, walk.rows)
-    compiled = _compile(walk) if e.compile else None
+    compiled = None
+    if e.compile:
+        some = walk.part.read(torch.arange(min(batch_size, len(walk.part))))
+        compiled = train.try_compile(state, to_pixels(data.send(some, where)), log)
     files.write_json(path / "manifest.json", {**manifest, "status": runs.RUNNING, "error": None, "compile": compiled})
     return walk
 
 
-def _continue(walk: Walk, checkpoint: dict[str, Any]) -> None:
-    walk.state.load_state_dict(checkpoint["state"])
-    walk.position, walk.rows = checkpoint["position"], checkpoint["metrics"]
-    walk.records = checkpoint["records"]
-    walk.steps = {number: _load_step(walk, number) for number in checkpoint["steps"]}
-    walk.log(f"continuing {walk.path.name} after epoch {walk.state.epoch}")
-
-
-def _load_step(walk: Walk, number: int) -> Step:
-    return Step.load(Run(walk.path).step(number), walk.part.resident or "cpu")
-
-
-def _check_resume(prepared: Prepared, manifest: dict[str, Any]) -> None:
-    """Digest and code version are in the directory's name; the precision may follow from the machine."""
-    expected = {"split_digest": prepared.dataset.split_digest, "precision": prepared.precision}
-    for name, here in expected.items():
-        if manifest.get(name) != here:
-            was = manifest.get(name)
-            raise RunError(f"{shown(prepared.path)} cannot be continued: its {name} is {was}, and would now be {here}")
-
-
-def _placed(prepared: Prepared) -> data.Dataset:
-    """Training and validation images on the device if they fit; the test images, read once, stay in their file."""
-    dataset, where = prepared.dataset, prepared.device
-    if not data.fits([dataset.train, dataset.val], where):
-        return dataset
-    return replace(dataset, train=dataset.train.on(where), val=dataset.val.on(where))
-
-
 def _batch_size(prepared: Prepared, log: Log) -> int:
-    if prepared.experiment.batch_size != "auto":
-        return int(prepared.experiment.batch_size)
-    size = device.auto_batch_size(
-        prepared.model,
-        image_size=prepared.dataset.image_size,
-        n=len(prepared.dataset.train),
-        device=prepared.device,
-        dtype=prepared.dtype,
-    )
+    asked, dataset = prepared.experiment.batch_size, prepared.dataset
+    if asked != "auto":
+        return int(asked)
+    sizes = {"image_size": dataset.image_size, "n": len(dataset.train)}
+    size = device.auto_batch_size(prepared.model, **sizes, device=prepared.device, dtype=prepared.dtype)
     log(f"batch_size auto: {size}")
     return size
 
 
-def _compile(walk: Walk) -> str:
-    some = torch.arange(min(walk.batch_size, len(walk.part)))
-    return train.try_compile(walk.state, to_pixels(data.send(walk.part.read(some), walk.state.device)), walk.log)
-
-
 def _new_manifest(walk: Walk) -> dict[str, Any]:
     prepared, e, dataset = walk.prepared, walk.experiment, walk.prepared.dataset
+    names = ("classes", "image_size", "split_digest", "skipped", "dropped")
     return {
         "schema": SCHEMA,
         "digest": prepared.digest,
@@ -237,26 +191,21 @@ def _new_manifest(walk: Walk) -> dict[str, Any]:
         "batch_size": walk.batch_size,
         "data_digest": dataset.digest,
         "weights_digest": file_digest(e.pretrained),
-        "split_digest": dataset.split_digest,
-        "classes": list(dataset.classes),
-        "image_size": dataset.image_size,
-        "n_train": len(dataset.train),
-        "n_val": len(dataset.val),
-        "n_test": len(dataset.test),
-        "skipped": list(dataset.skipped),
-        "dropped": list(dataset.dropped),
+        **{name: getattr(dataset, name) for name in names},
+        **{f"n_{name}": len(getattr(dataset, name)) for name in ("train", "val", "test")},
         "model": prepared.model.describe(),
     }
 
 
 def _walk(walk: Walk) -> None:
-    """The events that are left, with a checkpoint after each."""
-    events = walk.events
+    """The events that are left, with a checkpoint after each; the maps in use are named, they are files already."""
+    events = schedule.parse(walk.experiment.schedule, p_trains=walk.experiment.protocol != "clean")
     while walk.position < len(events):
         event = events[walk.position]
         EVENTS[event.kind](walk, event)
         walk.position += 1
-        runs.save_checkpoint(walk.path, walk.checkpoint())
+        kept = {name: getattr(walk, name) for name in KEPT}
+        runs.save_checkpoint(walk.path, {"state": walk.state.state_dict(), "steps": list(walk.steps), **kept})
 
 
 # Events
@@ -265,18 +214,11 @@ def _walk(walk: Walk) -> None:
 def epoch(walk: Walk, event: Event) -> None:
     """Train and validate once: a line of metrics.jsonl."""
     e, dataset, stage = walk.experiment, walk.prepared.dataset, walk.stage(event.stage)
-    trained = train.train_one_epoch(
-        walk.state,
-        stage.training,
-        experiment=e,
-        draws=protocol.draws(len(dataset.train), e),
-        batch_size=walk.batch_size,
-    )
+    draws = protocol.draws(len(dataset.train), e)
+    trained = train.train_one_epoch(walk.state, stage.training, experiment=e, draws=draws, batch_size=walk.batch_size)
     checked = _evaluate(walk, Pool.of(dataset.val))
     if not math.isfinite(checked.loss):  # the last step's update is seen here first
-        raise train.NonFiniteLoss(
-            f"the validation loss is not finite after epoch {walk.state.epoch}; a lower lr may help"
-        )
+        raise train.NonFiniteLoss(f"the validation loss is not finite after epoch {walk.state.epoch}; try a lower lr")
     row = {"epoch": walk.state.epoch, "stage": event.stage}
     row |= {name: trained[name] for name in ("train_loss", "train_accuracy")}
     row |= {"val_loss": checked.loss, "val_accuracy": checked.accuracy}
@@ -322,7 +264,7 @@ def proxy(walk: Walk, event: Event) -> None:
         show=lambda picture: walk.board.add_image("proxies/original_map_mask_proxy", picture, walk.state.epoch),
     )
     walk.records.append(record)
-    walk.steps = {**(walk.steps if e.keeps_all_proxies else {}), number: _load_step(walk, number)}
+    walk.steps = {**(walk.steps if e.keeps_all_proxies else {}), number: walk.load_step(number)}
     fewer = f" ({record['asked']} asked for, no more qualify)" if record["images"] < record["asked"] else ""
     how = ", ".join([e.select, *[e.xai] * e.explains, *[f"fill {e.fill}"] * e.masks])
     done = f"{record['masked_share']:.1%} masked, {record['unchanged']} unchanged, " if e.masks else ""
@@ -370,7 +312,7 @@ def _finish(walk: Walk) -> None:
     path, dataset = walk.path, walk.prepared.dataset
     tested = _evaluate(walk, Pool.of(dataset.test))
     if not math.isfinite(tested.loss):
-        raise train.NonFiniteLoss(f"the test loss is not finite after epoch {walk.state.epoch}; a lower lr may help")
+        raise train.NonFiniteLoss(f"the test loss is not finite after epoch {walk.state.epoch}; try a lower lr")
     predicted = tested.logits.argmax(1).numpy()
     runs.write_csv(path / "predictions.csv", metrics.predictions(tested.logits, dataset.test, dataset.classes))
     runs.write_csv(path / "classes.csv", metrics.per_class(dataset.test.labels.numpy(), predicted, dataset.classes))
@@ -383,10 +325,8 @@ def _finish(walk: Walk) -> None:
     wall_time = (pd.Timestamp(runs.now()) - pd.Timestamp(Run(path).manifest["started"])).total_seconds()
     runs.update_manifest(path, status=runs.FINISHED, finished=runs.now(), wall_time=wall_time)
     runs.remove_checkpoint(path)
-    walk.log(
-        f"test accuracy {summary['test_accuracy']:.3f} on {summary['n_test']} images, seed {walk.experiment.seed}; "
-        f"the run is in {shown(path)}"
-    )
+    result = f"test accuracy {summary['test_accuracy']:.3f} on {summary['n_test']} images"
+    walk.log(f"{result}, seed {walk.experiment.seed}; the run is in {shown(path)}")
 
 
 def _summary(walk: Walk, tested: dict[str, float]) -> dict[str, Any]:
@@ -399,9 +339,7 @@ def _summary(walk: Walk, tested: dict[str, float]) -> dict[str, Any]:
         "val_accuracy": rows[-1]["val_accuracy"],
         "best_val_accuracy": max(row["val_accuracy"] for row in rows),
         **{named.get(name, name): value for name, value in tested.items()},
-        "n_train": len(dataset.train),
-        "n_val": len(dataset.val),
-        "n_test": len(dataset.test),
+        **{f"n_{name}": len(getattr(dataset, name)) for name in ("train", "val", "test")},
         "epochs": len(rows),
         "sparsity": models.sparsity(walk.state.model.network),
         "proxy_images": made,

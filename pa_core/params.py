@@ -57,7 +57,7 @@ class Parameters(BaseModel):
     fold: Annotated[int, Ge(0)] = _p(0, "which of them, from 0")
     # model
     model: Text = _p("test_resnet", "any timm name")
-    pretrained: Pretrained = _p(False, "true, false, or a weights file")
+    pretrained: Pretrained = _p(False, "true, false, or a weights file (.safetensors, .pth or .pt)")
     # explanation
     xai: Name = _p("gradcam++", "explanation method; docs/methods.md has all")
     xai_target: Literal["predicted", "label"] = _p("predicted", "which class is explained")
@@ -79,7 +79,7 @@ class Parameters(BaseModel):
     threshold: Annotated[float, Ge(0), Le(10)] = _p(0.75, "quantile 0.75 masks exactly a quarter of each image")
     max_share: Share = _p(1.0, "most of an image that is masked, the highest values first")
     fill: Literal["zero", "one", "mean", "max", "min", "half_max", "noise", "blur", "patch", "blend", "none"] = _p(
-        "mean", "what masked pixels become: docs/methods.md explains each"
+        "mean", "what masked pixels become; pa_core.masking.apply explains each"
     )
     weight: Probability = _p(1.0, "of the fill; 0 changes nothing")
     feather: Annotated[int, Ge(0), Le(4096)] = _p(0, "pixels over which the fill fades in from the mask's edge")
@@ -103,7 +103,7 @@ class Parameters(BaseModel):
     weight_decay: Annotated[float, Ge(0)] = _p(1e-2, "decoupled with adamw")
     scheduler: Literal["onecycle", "cosine", "constant"] = _p("onecycle", "learning rate over the whole run")
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = _p(0.0, "share of the label that is spread over all classes")
-    batch_size: BatchSize = _p(64, "a number, or auto")
+    batch_size: BatchSize = _p(64, "a whole number of at least 1, or auto")
     # machine
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _p("auto", "auto is bf16 or fp16 on CUDA, fp32 elsewhere")
     tf32: bool = _p(False, "float32 products in TF32, on CUDA")
@@ -118,13 +118,17 @@ class Parameters(BaseModel):
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
         """A value as papermill, YAML or a DataFrame hands it over, in the form that the field's type reads."""
         value = value.item() if hasattr(value, "item") else value  # numpy scalars
-        kind = cls.model_fields[info.field_name or ""].annotation
-        if get_origin(kind) is Literal or kind is bool:
-            return "none" if value is None else value.strip().lower() if isinstance(value, str) else value
-        if type(None) in get_args(kind):
-            return None if str(value).strip().lower() == "none" else value
-        if isinstance(value, bool) and kind in (int, float):
-            raise ValueError("must be a number")
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        name = info.field_name or ""
+        kind = cls.model_fields[name].annotation
+        members = get_args(kind) or (kind,)
+        text = value.strip().lower() if isinstance(value, str) else value
+        if isinstance(value, bool) and {int, float} & {(get_args(m) or [m])[0] for m in members}:
+            raise ValueError(f"must be {PARAMETERS[name].allowed or PARAMETERS[name].description}")  # else True is 1
+        if type(None) in members:
+            return None if text == "none" else value
+        if get_origin(kind) is Literal or bool in members and text in ("true", "false") or text == "auto":
+            return "none" if value is None else text
         return value
 
 
@@ -136,10 +140,6 @@ class Experiment(Parameters):
     """
 
     def __init__(self, **values: Any):
-        for name, value in values.items():
-            if name not in Parameters.model_fields:
-                allowed = f"must be a parameter's name{did_you_mean(name, Parameters.model_fields)}"
-                raise ParameterError(name, value, f"{allowed}; docs/parameters.md lists them")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -192,9 +192,8 @@ class Experiment(Parameters):
     @property
     def explains(self) -> bool:
         """Whether a proxy step makes maps, and not a selection alone."""
-        return bool(steps(self.schedule)) and (
-            self.masks or self.erase_region != "anywhere" or self.mix_labels == "attention"
-        )
+        looked_at = self.masks or self.erase_region != "anywhere" or self.mix_labels == "attention"
+        return looked_at and steps(self.schedule) > 0
 
     @property
     def masks(self) -> bool:
@@ -206,14 +205,14 @@ class Experiment(Parameters):
         """``label`` or ``predicted``; mixing by attention needs maps of the label."""
         return "label" if self.mix_labels == "attention" else self.xai_target
 
+    def changed(self) -> dict[str, Any]:
+        """The parameters that differ from their defaults."""
+        return {k: v for k, v in self.to_dict().items() if v != Parameters.model_fields[k].default}
+
     def effective(self) -> dict[str, Any]:
-        """The parameters that have an effect and differ from their defaults."""
+        """Those of them that have an effect."""
         unused = _without_effect(self)
-        return {
-            name: value
-            for name, value in self.to_dict().items()
-            if name not in unused and value != type(self).model_fields[name].default
-        }
+        return {name: value for name, value in self.changed().items() if name not in unused}
 
     def digest(self, *, data: str, image_size: int, weights: str = "") -> str:
         """The run's identity: SHA-256 (hex) of schema number, effective parameters and content.
@@ -229,8 +228,7 @@ class Experiment(Parameters):
 
     def command(self, notebook: str) -> str:
         """The papermill command that runs a notebook with these parameters."""
-        changed = [(k, v) for k, v in self.to_dict().items() if v != type(self).model_fields[k].default]
-        options = [f"-p {name} {shlex.quote(str(value))}" for name, value in changed]
+        options = [f"-p {name} {shlex.quote(str(value))}" for name, value in self.changed().items()]
         return " ".join([f"papermill notebooks/{notebook}.ipynb {notebook}.out.ipynb", *options])
 
     def to_dict(self) -> dict[str, Any]:
@@ -251,7 +249,8 @@ _ELSEWHERE = frozenset("data_dir device runs_dir bad_images image_size".split())
 
 def _without_effect(e: Experiment) -> set[str]:
     """Names of parameters whose value changes nothing in this run."""
-    unused, count = set(_ELSEWHERE), steps(e.schedule)
+    unused: set[str] = set(_ELSEWHERE)
+    count = steps(e.schedule)
     rules: list[tuple[bool, Iterable[str]]] = [
         (not count, PROXY_PARAMETERS),
         (count == 1, {"keep_proxies"}),
@@ -274,14 +273,14 @@ def _without_effect(e: Experiment) -> set[str]:
 
 def _check_together(e: Experiment) -> None:
     """Refuse values that are allowed alone and not together."""
-    events, has_steps = parse(e.schedule), steps(e.schedule) > 0
-    kinds = {event.kind for event in events}
+    has_steps = steps(e.schedule) > 0
+    kinds = [event.kind for event in parse(e.schedule, p_trains=e.protocol != "clean")]
     if e.fold >= e.folds:
         raise ParameterError("fold", e.fold, f"must be 0 to {e.folds - 1} for folds={e.folds}")
-    if events[0].kind == PROXY and e.pretrained is False:
+    if PROXY in kinds[: kinds.index(EPOCH)] and e.pretrained is False:
         allowed = "must begin with epochs, or have pretrained weights: an untrained network has learnt nothing yet"
         raise ParameterError("schedule", e.schedule, allowed)
-    if e.protocol != "clean" and kinds - {EPOCH, PROXY}:
+    if e.protocol != "clean" and set(kinds) - {EPOCH, PROXY}:
         raise ParameterError("schedule", e.schedule, f"must hold epochs and p alone with protocol={e.protocol!r}")
     if e.threshold > 1 and e.threshold_mode != "deviations":
         raise ParameterError(
@@ -340,8 +339,6 @@ def check(name: str, value: Any) -> Any:
     Raises:
         ParameterError: the value is not allowed, or there is no such parameter.
     """
-    if name not in PARAMETERS:
-        raise ParameterError(name, value, f"must be a parameter's name{did_you_mean(name, PARAMETERS)}")
     try:
         return getattr(Parameters(**{name: value}), name)
     except ValidationError as error:
@@ -351,11 +348,18 @@ def check(name: str, value: Any) -> Any:
 def _refusal(error: ValidationError) -> ParameterError:
     """The first thing that pydantic found, in one sentence."""
     first = error.errors()[0]
-    name = str(first["loc"][0])
-    reason = first.get("ctx", {}).get("error")
-    known = PARAMETERS[name]
-    allowed = str(reason) if reason else f"must be {known.allowed or 'a text'}"
-    return ParameterError(name, first["input"], allowed + did_you_mean(first["input"], known.choices))
+    name, value = str(first["loc"][0]), first["input"]
+    if name not in PARAMETERS:
+        return unknown(name, value, PARAMETERS)
+    known, reason = PARAMETERS[name], first.get("ctx", {}).get("error")
+    allowed = str(reason) if reason else f"must be {known.allowed or known.description}"
+    return ParameterError(name, value, allowed + did_you_mean(value, known.choices))
+
+
+def unknown(name: str, value: Any, known: Iterable[str]) -> ParameterError:
+    """Why a name that is no parameter is refused, with the nearest one."""
+    allowed = f"must be a parameter's name{did_you_mean(name, known)}; docs/parameters.md lists them"
+    return ParameterError(name, value, allowed)
 
 
 def markdown() -> str:
@@ -372,8 +376,7 @@ def refuse_unknown(namespace: Mapping[str, Any], known: Iterable[str]) -> None:
     names = list(known)
     for name in _assigned(namespace.get("In", [])):
         if name not in names:
-            allowed = f"must be a parameter's name{did_you_mean(name, names)}; docs/parameters.md lists them"
-            raise ParameterError(name, namespace.get(name), allowed)
+            raise unknown(name, namespace.get(name), names)
 
 
 def assigned(source: str) -> list[str]:

@@ -17,24 +17,15 @@ from pa_core.runs import Run
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """Everything that is checked and loaded before training starts.
+    """Everything that is checked and loaded before training starts."""
 
-    Attributes:
-        experiment: its parameters, with the method's own name and an absolute data_dir.
-        dataset: the three parts.
-        model: freshly initialised or with the given weights, on the CPU; a run trains a copy.
-        device, dtype: resolved from ``device`` and ``precision``.
-        digest: the run's identity.
-        path: where the run lies, or will lie.
-    """
-
-    experiment: Experiment
+    experiment: Experiment  # with the method's own name and an absolute data_dir
     dataset: data.Dataset
-    model: models.Classifier
+    model: models.Classifier  # freshly initialised or with the given weights, on the CPU; a run trains a copy
     device: torch.device
     dtype: torch.dtype
-    digest: str
-    path: Path
+    digest: str  # the run's identity
+    path: Path  # where the run lies, or will lie
 
     @property
     def precision(self) -> str:
@@ -118,14 +109,17 @@ def file_digest(pretrained: bool | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def locate(experiment: Experiment) -> Path:
+def locate(experiment: Experiment, *, identity: tuple[str, int] | None = None) -> Path:
     """Where the run with these parameters lies, or would lie. Decodes no image and builds no network.
+
+    Args:
+        identity: what `data.identify` says of the data, where it is known already: many runs share theirs.
 
     Raises:
         ParameterError: an unknown method, data or weights that are not there.
     """
     e = _resolved(experiment)
-    digest, size = data.identify(
+    digest, size = identity or data.identify(
         dataset=e.dataset, data_dir=e.data_dir, bad_images=e.bad_images, image_size=e.image_size
     )
     digest = e.digest(data=digest, image_size=size, weights=file_digest(e.pretrained))

@@ -39,17 +39,11 @@ from pa_core.proxy import Step
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:
-    """Where the images of a stage come from.
+    """Where the images of a stage come from."""
 
-    Attributes:
-        training: an epoch draws :func:`draws` of its entries.
-        reported: those whose accuracy the predecessor reports; None under the clean protocol.
-        candidates: int64, the positions of the training part that the stage's proxy step may choose from; None for all.
-    """
-
-    training: Pool
-    reported: Pool | None = None
-    candidates: Tensor | None = None
+    training: Pool  # an epoch draws :func:`draws` of its entries
+    reported: Pool | None = None  # those whose accuracy the predecessor reports
+    candidates: Tensor | None = None  # int64, positions that its proxy step may choose from; None for all
 
 
 def stage(part: Part, experiment: Experiment, *, number: int, steps: Sequence[Step]) -> Stage:

@@ -86,22 +86,13 @@ def pool(part: Part, experiment: Experiment, steps: Sequence[Step]) -> Pool:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
-    """What a proxy step selected.
+    """What a proxy step selected."""
 
-    Attributes:
-        positions: int64 [K] in the training part, the first choice first.
-        targets: int64 [K], the classes to explain.
-        maps: float32 [K, h, w], raw class activation maps from the scoring pass; None where the method needs a pass of
-            its own, or nothing is explained.
-        scores: of all training images.
-        seed: of what is random in this step; another one for each step.
-    """
-
-    positions: Tensor
-    targets: Tensor
-    maps: Tensor | None
-    scores: selection.Scores
-    seed: int
+    positions: Tensor  # int64 [K] in the training part, the first choice first
+    targets: Tensor  # int64 [K], the classes to explain
+    maps: Tensor | None  # float32 [K, h, w], raw, from the scoring pass; None where that makes none
+    scores: selection.Scores  # of all training images
+    seed: int  # of what is random in this step; another one for each step
 
 
 def choose(
@@ -189,18 +180,12 @@ def explain(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Proxies:
-    """Proxies beside what they are made from, without augmentation; all on one device.
+    """Proxies beside what they are made from, without augmentation; all on one device."""
 
-    Attributes:
-        originals, images: uint8 [n, 3, S, S].
-        maps: float32 [n, S, S] in [0, 1].
-        mask: bool [n, S, S].
-    """
-
-    originals: Tensor
-    maps: Tensor
-    mask: Tensor
-    images: Tensor
+    originals: Tensor  # uint8 [n, 3, S, S]
+    maps: Tensor  # float32 [n, S, S] in [0, 1]
+    mask: Tensor  # bool [n, S, S]
+    images: Tensor  # uint8 [n, 3, S, S]
 
     def __len__(self) -> int:
         return len(self.images)

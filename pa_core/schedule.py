@@ -59,7 +59,8 @@ def parse(text: str, *, p_trains: bool = False) -> tuple[Event, ...]:
 def normal(text: str) -> str:
     """A schedule in its one form: ``" 5,P, x0.50"`` -> ``"5,p,x0.5"``. Raises as :func:`parse`."""
     letters = {kind: letter for letter, kind in LETTERS.items()}
-    return ",".join(f"{letters.get(kind, '')}{f'{value:g}' if value else ''}" for kind, value in _tokens(text))
+    numbers = [(kind, str(value).removesuffix(".0") if value else "") for kind, value in _tokens(text)]
+    return ",".join(f"{letters.get(kind, '')}{number}" for kind, number in numbers)
 
 
 def epochs(text: str, *, p_trains: bool = False) -> int:
@@ -90,6 +91,8 @@ def _tokens(text: str) -> list[tuple[str, float]]:
             raise _at(words, i, "must not be a proxy step right after another")
         if kind == CLEAR and PROXY not in before:
             raise _at(words, i, "must have a proxy step before it, or there are no maps to forget")
+        if kind == CLEAR and EPOCH not in before[::-1][: before[::-1].index(PROXY)]:
+            raise _at(words, i, "must have an epoch between it and the proxy step, or that one has no effect")
         tokens.append((kind, value))
     if EPOCH not in [kind for kind, _ in tokens]:
         raise ScheduleError("must have at least one epoch of training, such as 5,p,5")

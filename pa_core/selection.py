@@ -14,21 +14,13 @@ from pa_core.params import derived_seed
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """One forward pass over the training images, in eval mode without augmentation. All [N], on the CPU.
+    """One forward pass over the training images, in eval mode without augmentation. All [N], on the CPU."""
 
-    Attributes:
-        loss: cross-entropy, nats.
-        margin: logit of the label minus the highest other logit; negative when wrong.
-        entropy: of the predicted distribution, nats.
-        predicted: int64.
-        labels: int64.
-    """
-
-    loss: Tensor
-    margin: Tensor
-    entropy: Tensor
-    predicted: Tensor
-    labels: Tensor
+    loss: Tensor  # cross-entropy, nats
+    margin: Tensor  # logit of the label minus the highest other logit; negative when wrong
+    entropy: Tensor  # of the predicted distribution, nats
+    predicted: Tensor  # int64
+    labels: Tensor  # int64
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

@@ -32,43 +32,38 @@ class NonFiniteLoss(RuntimeError):
     """The loss became infinite or NaN; the message says in which epoch and step."""
 
 
+PARTS = ("model", "optimizer", "scheduler", "scaler")
+
+
 @dataclass(kw_only=True)
 class State:
-    """All that training changes.
+    """All that training changes."""
 
-    Attributes:
-        model: the classifier, on the device.
-        forward: what is called in training: the model, or its compiled form.
-        epoch: number of finished epochs.
-    """
-
-    model: models.Classifier
-    forward: Callable[[Tensor], Tensor]
+    model: models.Classifier  # on the device
+    forward: Callable[[Tensor], Tensor]  # what is called in training: the model, or its compiled form
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     device: torch.device
     dtype: torch.dtype
-    epoch: int = 0
+    epoch: int = 0  # finished ones
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        parts = ("model", "optimizer", "scheduler", "scaler")
-        state = {name: getattr(self, name).state_dict() for name in parts}
-        state["rng"] = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state | {"epoch": self.epoch}
+        state = {name: getattr(self, name).state_dict() for name in PARTS}
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return state | {"rng": [torch.get_rng_state(), *cuda], "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         models.restore_pruning(self.model, state["model"])
-        for name in ("model", "optimizer", "scheduler", "scaler"):
+        for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        cpu, *cuda = state["rng"]
+        torch.set_rng_state(cpu)
+        if cuda and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda[0], self.device)
         self.epoch = state["epoch"]
 
 
@@ -228,49 +223,36 @@ def evaluation_batch(part: Part) -> int:
 def create_state(
     model: models.Classifier, experiment: Experiment, *, total_steps: int, device: torch.device, dtype: torch.dtype
 ) -> State:
-    """Optimiser, learning-rate schedule over ``total_steps`` and gradient scaler for a model."""
-    model.to(device, memory_format=memory_format(device))
-    optimizer = make_optimizer(model, experiment)
-    return State(
-        model=model,
-        forward=model,
-        optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, experiment, total_steps=total_steps),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        device=device,
-        dtype=dtype,
-    )
+    """Optimiser, learning-rate schedule over ``total_steps`` and gradient scaler for a model.
 
-
-def make_optimizer(model: nn.Module, experiment: Experiment) -> torch.optim.Optimizer:
-    """``adamw``; ``sgd`` has Nesterov momentum 0.9. Both fused: all parameters are updated in one pass."""
-    common = {"lr": experiment.lr, "weight_decay": experiment.weight_decay, "fused": True}
-    if experiment.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **common)
-    return torch.optim.AdamW(model.parameters(), **common)
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, experiment: Experiment, *, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over the whole run, one step per batch; ``lr`` is its highest value."""
-    if experiment.scheduler == "onecycle":
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=experiment.lr, total_steps=max(total_steps, 2))
-    if experiment.scheduler == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
+    ``sgd`` has Nesterov momentum 0.9; both optimisers are fused: all parameters are updated in one pass. The scheduler
+    takes one step per batch; ``lr`` is its highest value.
+    """
+    e, schedulers = experiment, torch.optim.lr_scheduler
+    model.to(device).to(memory_format=memory_format(device))
+    common = {"lr": e.lr, "weight_decay": e.weight_decay, "fused": True}
+    if e.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **common)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **common)
+    if e.scheduler == "onecycle":
+        scheduler = schedulers.OneCycleLR(optimizer, max_lr=e.lr, total_steps=max(total_steps, 2))
+    elif e.scheduler == "cosine":
+        scheduler = schedulers.CosineAnnealingLR(optimizer, T_max=total_steps)
+    else:
+        scheduler = schedulers.ConstantLR(optimizer, factor=1.0)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    return State(model=model, forward=model, **parts, device=device, dtype=dtype)
 
 
 def try_compile(state: State, example: Tensor, log: Callable[[str], None] = print) -> str:
-    """Compile the training step's forward pass; when that fails, say why and train without.
+    """Compile the training step's forward pass, or say why not and train without: ``compiled``, or the reason.
 
     Tried on a copy, forward and backward, so that the model itself and the RNG stay as they are.
 
     Args:
         example: float [n, 3, S, S] in [0, 1] on the device.
-
-    Returns:
-        ``compiled``, or the reason why not.
     """
     try:
         with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []), state.autocast():

@@ -60,7 +60,7 @@ BAD = [
     ({"model": "resnet81"}, None, ["timm.list_models()", "did you mean 'resnet"]),
     ({"model": "resnet18.a9_in1k"}, None, ["one of its tags", "a1_in1k"]),
     ({"pretrained": "no/such/file.safetensors"}, None, ["true, false or a weights file", "exists"]),
-    ({"pretrained": "maybe"}, None, ["true, false, or the path of a weights file"]),
+    ({"pretrained": "maybe"}, None, ["true, false, or a weights file"]),
     ({"cam_layer": "layer9"}, None, ["module's dotted name", "did you mean 'layer"]),
     ({"xai": "gradcamm"}, None, ["gradcam, gradcam++", "uniform", "did you mean 'gradcam'"]),
     ({"xai": "shuffled"}, None, ["one of gradcam"]),

@@ -255,7 +255,7 @@ def test_the_readme_names_every_page_of_docs_and_every_notebook():
 
 def test_the_readme_and_make_run_every_notebook():
     names = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-    for path, pattern in (("Makefile", r"NOTEBOOKS := (.*)"), ("README.md", r"for n in (.*); do")):
+    for path, pattern in (("Makefile", r"NOTEBOOKS := (.*)"), ("README.md", r"for n in (.*?); do")):
         assert re.search(pattern, (ROOT / path).read_text())[1].split() == names
 
 

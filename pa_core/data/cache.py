@@ -88,7 +88,7 @@ def decoded(source: Source, size: int | None) -> tuple[Catalogue, np.ndarray]:
         ParameterError: the data home cannot be written, or has no room; or as ``source.open`` does.
     """
     home = files.data_home() / "cache"
-    index = home / "index" / f"{_sha([source.name, source.folder, decode.VERSION, PIL.__version__])}.json"
+    index = home / "index" / f"{_sha([source.name, source.folder, PIL.__version__])}.json"
     if found := _cached(index, source, size):
         return found
     try:
