@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import timeless
+from tiny import same
 
 from pa_core import experiment
 from pa_core.errors import RunError
@@ -62,16 +62,6 @@ def half(stopped, tmp_path) -> Path:
     shutil.copytree(stopped, tmp_path / "runs")
     (path,) = (file.parent for file in (tmp_path / "runs").glob("*/manifest.json"))
     return path
-
-
-def same(path: Path, reference: Path) -> None:
-    one, other = Run(path), Run(reference)
-    assert one.finished and timeless(one.summary) == timeless(other.summary)
-    rows = [[timeless(row) for row in run.metrics.to_dict("records")] for run in (one, other)]
-    assert rows[0] == rows[1] and len(rows[0]) == 3
-    for name in ("weights.safetensors", "predictions.csv", "proxies/step_1/maps.npy"):
-        assert (path / name).read_bytes() == (reference / name).read_bytes(), name
-    assert not list(path.glob("checkpoint*")) and not list(path.rglob("*.part"))
 
 
 def cut(file: Path) -> None:

@@ -6,7 +6,6 @@ The code is changed in a copy of the package, and each question is answered by a
 from __future__ import annotations
 
 import ast
-import multiprocessing
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -15,15 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import QUIET, same_weights, small
+from tiny import PROCESSES, QUIET, same_weights, small
 
 import pa_core
 from pa_core import experiment, runs, train
 
 PACKAGE = Path(pa_core.__file__).parent
 VERSION = runs.code_version()  # kept from here on, whatever package `version_of` looks at
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pa_core.experiment"])  # which imports torch; pa_core itself is imported anew below
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ puts a file in its place, at points too short to be hit from outside.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import QUIET, timeless
+from tiny import PROCESSES, QUIET, same
 
 from pa_core import data, experiment, train
 from pa_core.errors import RunError
@@ -29,10 +28,6 @@ from pa_core.runs import Run, load_checkpoint
 
 if not hasattr(signal, "SIGKILL"):
     pytest.skip("needs kill -9", allow_module_level=True)
-
-# Processes are forked off one that has imported torch, and done nothing else: no import at each start.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pa_core.experiment"])
 
 Settings = dict[str, Any]
 
@@ -175,21 +170,6 @@ def unkilled(tmp_path_factory):
     return get
 
 
-def same(path: Path, reference: Path) -> None:
-    """Fails unless two finished runs hold the same but for times."""
-    one, other = Run(path), Run(reference)
-    assert one.finished and other.finished and timeless(one.summary) == timeless(other.summary)
-    rows = [[timeless(row) for row in run.metrics.to_dict("records")] for run in (one, other)]
-    assert rows[0] == rows[1] and len(rows[0]) == one.experiment.length
-    for name in ("digest", "split_digest", "threads", "batch_size", "model"):
-        assert one.manifest[name] == other.manifest[name]
-    proxies = sorted(f.relative_to(reference) for f in reference.glob("proxies/*/*"))
-    assert len(proxies) >= 4 and sorted(f.relative_to(path) for f in path.glob("proxies/*/*")) == proxies
-    for name in ("weights.safetensors", "predictions.csv", "classes.csv", *proxies):
-        assert (path / name).read_bytes() == (reference / name).read_bytes(), name
-    assert not (path / "checkpoint.pt").exists() and not list(path.rglob("*.part"))
-
-
 # Killed at a moment
 
 
@@ -288,9 +268,6 @@ DEATHS = [
     ("checkpoint.pt", "after", 3, 5),  # the maps are forgotten
     ("checkpoint.pt", "before", 1, 5),  # the learning rate is changed, and not saved
     ("checkpoint.pt", "after", 1, 5),  # and saved
-    ("checkpoint.pt", "before", 1, 5),  # pruned once more, and not saved
-    ("checkpoint.pt", "after", 1, 5),
-    ("predictions.csv", "after", 1, 6),
     ("weights.safetensors", "after", 1, 6),
     ("summary.json", "after", 1, 6),
     ("manifest.json", "before", 2, 6),
@@ -298,22 +275,18 @@ DEATHS = [
 
 
 def test_killed_around_every_file_and_event(tmp_path, unkilled, every_event):
-    """One run, killed two dozen times."""
+    """One run, killed twenty-two times."""
     for name, when, count, expected in DEATHS:
         Training(every_event, tmp_path, die=(name, when, count)).died()
         path = the_run(tmp_path / "runs")
         assert lines(path) == expected, (name, when)
         assert not Run(path).finished
-    same(Training(every_event, tmp_path).wait(), unkilled(every_event))
-    assert Run(path).summary["sparsity"] == pytest.approx(0.75, abs=1e-3)
-
-
-def test_killed_when_all_is_written_it_is_finished(tmp_path, unkilled, every_event):
-    Training(every_event, tmp_path, die=("manifest.json", "after", 2)).died()
-    assert Run(path := the_run(tmp_path / "runs")).finished and (path / "checkpoint.pt").exists()
+    Training(every_event, tmp_path, die=("manifest.json", "after", 2)).died()  # when all is written, it is finished
+    assert Run(path).finished and (path / "checkpoint.pt").exists()
     again = Training(every_event, tmp_path, name="2")
     same(again.wait(), unkilled(every_event))
     assert "finished before" in again.log and "epoch" not in again.log
+    assert Run(path).summary["sparsity"] == pytest.approx(0.75, abs=1e-3)
 
 
 # Two processes

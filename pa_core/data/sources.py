@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ def find(name: str, data_dir: str | None) -> Source:
     return torchvision_sets.find(name, root or data_home().absolute() / name)
 
 
+@cache  # half a second, and the same for every run of a process
 def _fashion_mini() -> Source:
     arrays, both = fashion_mini(), ("train", "test")
     images, labels, rows = (np.concatenate([arrays[f"{part}_{kind}"] for part in both]) for kind in KINDS)
