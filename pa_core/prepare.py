@@ -109,14 +109,17 @@ def file_digest(pretrained: bool | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def locate(experiment: Experiment) -> Path:
+def locate(experiment: Experiment, *, identity: tuple[str, int] | None = None) -> Path:
     """Where the run with these parameters lies, or would lie. Decodes no image and builds no network.
+
+    Args:
+        identity: what `data.identify` says of the data, where it is known already: many runs share theirs.
 
     Raises:
         ParameterError: an unknown method, data or weights that are not there.
     """
     e = _resolved(experiment)
-    digest, size = data.identify(
+    digest, size = identity or data.identify(
         dataset=e.dataset, data_dir=e.data_dir, bad_images=e.bad_images, image_size=e.image_size
     )
     digest = e.digest(data=digest, image_size=size, weights=file_digest(e.pretrained))

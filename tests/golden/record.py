@@ -173,7 +173,7 @@ def splits() -> Values:
         {"seed": 3},
         {"fold": 4},
         {"folds": 10, "fold": 7},
-        {"train_fraction": 0.1},
+        {"train_fraction": 0.255},
         {"train_fraction": 0.25},
     )
     found = {}

@@ -1,0 +1,388 @@
+"""Studies: arms under equal terms, from their files to figures/: ``python -m pa_core.lab.study a``.
+
+A study is a file of params/study/:
+
+    question: Is it the attention?
+    reference: plain                        # the arm that all others are compared with
+    seeds: 10                               # 0 to 9, for every arm
+    contrasts: [salient - permuted]         # declared before the first run; only they are tested
+    contrast_seeds: 20                      # for the arms in them
+    described: [salient - rest]             # further contrasts to show, without a test
+    arms:
+      plain: a/plain.yaml                   # a params file that stands for itself,
+      salient: {xai: gradcam}               # or parameters beside those of base
+    base: {schedule: "6,p,6"}
+    datasets: [CIFAR-10 (JPEG)]             # what tables call them; with several, an arm lists one of these for each
+    may_differ: [lr]                        # what arms may differ in beyond proxies, schedule and augmentation
+    other_length: [plain longer]            # arms that by intent do not train for as many epochs as the reference
+    decomposition: [{arm: a, unmasked: b, honest: c}]
+    around: salient                         # the other arms differ from this one in one parameter each
+
+Its runs are a sweep's, made without notebooks: the same that 03_proxy_loop makes of an arm's file.
+figures/study_a_runs.csv has a row per run and metric, with the schema and the code version that made them;
+figures/study_a.csv follows from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict, Field
+
+from pa_core.errors import ParameterError, RunError, did_you_mean
+from pa_core.files import home, read_json, read_yaml, replacing, write_json
+from pa_core.lab import figures, results, statistics, sweep
+from pa_core.lab.statistics import Contrast
+from pa_core.lab.workers import machine
+from pa_core.params import PROXY_PARAMETERS, SCHEMA, Experiment
+from pa_core.runs import code_version
+
+FREE = PROXY_PARAMETERS | {"schedule", "augment", "erase_region", "erase_probability", "mix_labels", "mix_probability"}
+FREE |= {"cutmix_alpha", "seed"}
+"""What arms may differ in; all else is equal, or the study's ``may_differ`` names it."""
+BETWEEN = ": "
+DECOMPOSITION = "_decomposition"
+COMMITTED, OWN = "committed", "runs"
+
+
+class StudyFile(BaseModel):
+    """The shape of a study file; the descriptions say what each key must be."""
+
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+    question: str = Field("", description="a sentence")
+    reference: str = Field(description="the name of an arm")
+    seeds: int = Field(ge=1, strict=True, description="how many, a whole number of at least 1")
+    contrasts: list[str] = Field([], description="a list such as [salient - permuted]")
+    contrast_seeds: int = Field(0, ge=1, strict=True, description="how many, a whole number of at least 1")
+    described: list[str] = Field([], description="a list such as [salient - rest]")
+    arms: dict[str, dict[str, Any] | str | list[dict[str, Any] | str]] = Field(
+        description="parameters or a params file by name; with several datasets a list of them"
+    )
+    base: dict[str, Any] | str = Field({}, description="names and values of parameters, or a params file")
+    datasets: list[str] = Field([], description="a list of names")
+    may_differ: list[str] = Field([], description="a list of parameters")
+    other_length: list[str] = Field([], description="a list of arms")
+    decomposition: list[dict[str, str]] = Field([], description="a list such as [{arm: a, unmasked: b, honest: c}]")
+    around: str = Field("", description="the name of an arm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study file, checked, with its declared and its described contrasts.
+
+    An arm of its sweep is called ``DATASET: ARM``, because its parameters differ by dataset.
+    """
+
+    name: str
+    file: StudyFile
+    contrasts: tuple[Contrast, ...]
+    described: tuple[Contrast, ...]
+    sweep: sweep.Sweep
+
+
+def folder() -> Path:
+    return home() / "params" / "study"
+
+
+def names() -> list[str]:
+    """The studies of the repository."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def read(name: str) -> Study:
+    """A study by its name in params/study/, or by its path.
+
+    Raises:
+        ParameterError: there is no such study, or something in it is not allowed: a key, a parameter, an arm that
+            differs from the reference in what it may not.
+    """
+    path = Path(name) if name.endswith(".yaml") else folder() / f"{name}.yaml"
+    if not path.is_file():
+        allowed = f"must be one of {', '.join(names())}, or a path{did_you_mean(name, names())}"
+        raise ParameterError("study", name, allowed)
+    file = sweep.checked(StudyFile, read_yaml(path), name=path.stem)
+    contrasts, described = (tuple(map(Contrast.parse, texts)) for texts in (file.contrasts, file.described))
+    most, limit = file.contrast_seeds or file.seeds, statistics.MAX_PAIRS_FOR_P_VALUE
+    if contrasts and most > limit:
+        raise ParameterError(
+            f"{path.stem}: seeds", most, f"must be at most {limit}, for an exact test of so many pairs"
+        )
+    tested = {arm for contrast in contrasts for arm in (contrast.arm, contrast.against)}
+    named = [
+        (label, sweep.experiment(values | {"seed": (f"{path.stem}: seeds", seed)}))
+        for label, values in _arms(path, file).items()
+        for seed in range(most if split(label)[1] in tested else file.seeds)
+    ]
+    runs = sweep.Sweep(name=f"study_{path.stem}", notebook=None, jobs=sweep.unique(named), combinations=len(named))
+    study = Study(name=path.stem, file=file, contrasts=contrasts, described=described, sweep=runs)
+    _check(study)
+    return study
+
+
+def _arms(path: Path, file: StudyFile) -> dict[str, dict[str, tuple[str, Any]]]:
+    """``DATASET: ARM`` -> parameter -> (place in the file, value)."""
+    base = read_yaml(path.parent / file.base) if isinstance(file.base, str) else file.base
+    arms = {}
+    for arm, given in file.arms.items():
+        each = given if isinstance(given, list) else [given]
+        if len(each) != max(1, len(file.datasets)):
+            allowed = f"must be one set of parameters for each of {file.datasets or 'one dataset'}"
+            raise ParameterError(f"{path.stem}: arms.{arm}", given, allowed)
+        for number, one in enumerate(each):
+            values = read_yaml(path.parent / one) if isinstance(one, str) else base | one
+            dataset = file.datasets[number] if file.datasets else values.get("dataset", Experiment().dataset)
+            placed = {str(name): (f"{path.stem}: arms.{arm}.{name}", value) for name, value in values.items()}
+            arms[f"{dataset}{BETWEEN}{arm}"] = placed
+    return arms
+
+
+def split(label: str) -> tuple[str, str]:
+    """``"DATASET: ARM"`` -> (dataset, arm)."""
+    dataset, _, arm = label.partition(BETWEEN)
+    return dataset, arm
+
+
+def _check(study: Study) -> None:
+    """Equal terms: within a dataset, arms differ only in what they may."""
+    file, by_label = study.file, {label: job.experiment for job in study.sweep.jobs for label in job.arms}
+    asked = [file.reference, *file.other_length, *(name for part in file.decomposition for name in part.values())]
+    asked += [file.around] if file.around else []
+    asked += [name for c in (*study.contrasts, *study.described) for name in (c.arm, c.against)]
+    for name in asked:
+        if name not in file.arms:
+            allowed = f"must be one of {', '.join(sorted(file.arms))}{did_you_mean(name, file.arms)}"
+            raise ParameterError(f"{study.name}: arm", name, allowed)
+    for label, experiment in by_label.items():
+        dataset, arm = split(label)
+        reference = by_label[f"{dataset}{BETWEEN}{file.reference}"]
+        for name, wanted in reference.to_dict().items():
+            if name not in FREE | set(file.may_differ) and (value := getattr(experiment, name)) != wanted:
+                allowed = f"must be {wanted!r} as in the reference, or the study must say may_differ: [{name}]"
+                raise ParameterError(f"{study.name}: {label}.{name}", value, allowed)
+        if experiment.length != reference.length and arm not in file.other_length:
+            allowed = f"must have {reference.length} epochs as the reference, not {experiment.length}"
+            allowed += f", or the study must say other_length: [{arm}]"
+            raise ParameterError(f"{study.name}: {label}.schedule", experiment.schedule, allowed)
+
+
+# Runs -> tables
+
+
+def collect(study: Study, frame: pd.DataFrame, *, partial: bool = False) -> pd.DataFrame:
+    """A row per run and metric, with `statistics.RUN_COLUMNS`, from the table of the study's sweep.
+
+    Args:
+        partial: take the runs that there are, instead of refusing when some have not finished.
+
+    Raises:
+        RunError: a run has not finished, or the runs of one seed do not share data, split and device.
+    """
+    undone = frame[frame["status"] != sweep.FINISHED]
+    if len(undone) and not partial:
+        first = undone.iloc[0]["arm"]
+        raise RunError(f"study {study.name} needs {len(frame)} runs; {len(undone)} have not finished, {first} first")
+    if len(undone) == len(frame):
+        return pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
+    labels = [split(label) for label in frame["arm"]]
+    frame = frame.assign(dataset=[dataset for dataset, _ in labels], arm=[arm for _, arm in labels])
+    return results.runs_table(frame, study=study.name)
+
+
+def tables(study: Study, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What follows from the runs: ``study_a``, and ``study_a_decomposition`` where the study has one.
+
+    Contrasts and parts whose arms have no run are left out, and so is everything where the reference has none. While
+    runs are missing nothing is tested: a family that is not complete, or looked at as it grows, has no p-values.
+
+    Raises:
+        RunError: the runs come from several schemas or versions of the code.
+    """
+    for name in ("schema", "code_version"):
+        if name in runs and len(set(runs[name])) > 1:
+            raise RunError(f"the runs of study {study.name} differ in {name}, so that they are no pairs")
+    arms = set(runs["arm"])
+    runs = runs if study.file.reference in arms else runs.head(0)
+    declared, described = ([c for c in cs if {c.arm, c.against} <= arms] for cs in (study.contrasts, study.described))
+    table = pd.DataFrame(columns=list(statistics.COLUMNS))
+    if len(runs):
+        table = statistics.compare(runs, reference=study.file.reference, declared=declared, described=described)
+    asked = {(*split(label), job.experiment.seed) for job in study.sweep.jobs for label in job.arms}
+    if not asked <= set(runs[["dataset", "arm", "seed"]].itertuples(index=False, name=None)):
+        table.loc[:, ["p_value", "p_holm", "verdict"]] = np.nan
+    made = {f"study_{study.name}": table}
+    if study.file.decomposition:
+        parts = [part for part in study.file.decomposition if set(part.values()) <= arms]
+        made[f"study_{study.name}{DECOMPOSITION}"] = statistics.decompose(runs, parts)
+    return made
+
+
+def draw(study: Study, name: str, table: pd.DataFrame) -> Figure:
+    """The figure of one of its tables."""
+    if name.endswith(DECOMPOSITION):
+        return figures.decomposition(table)[0]
+    if study.file.around:
+        return figures.one_at_a_time(table, around=study.file.around, values=_values(study))[0]
+    return figures.forest(table)[0]
+
+
+def _values(study: Study) -> dict[str, dict[str, str]]:
+    """Parameter -> arm -> its value: the arms that differ from ``around`` in that alone, and ``around`` itself.
+
+    Numbers ascend; others stand as in the file.
+    """
+    plain, centre = study.file.reference, study.file.around
+    arms = {split(label)[1]: job.experiment.effective() for job in study.sweep.jobs for label in job.arms}
+    arms = {arm: Experiment.from_mapping(effective | {"seed": 0}).to_dict() for arm, effective in arms.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for arm, here in arms.items():
+        different = [name for name, value in here.items() if value != arms[centre][name]]
+        if arm != plain and len(different) == 1:
+            name = different[0]
+            found.setdefault(name, {centre: arms[centre][name]})[arm] = here[name]
+    for name, values in found.items():
+        if all(isinstance(value, (int, float)) for value in values.values()):
+            values = {arm: f"{value:g}" for arm, value in sorted(values.items(), key=lambda item: item[1])}
+        found[name] = {arm: str(value) for arm, value in values.items()}
+    return found
+
+
+def publish(study: Study, runs: pd.DataFrame, *, folder: str, used: Sequence[Any] = ()) -> list[Path]:
+    """Write study_X_runs.csv, and each table with its figure and provenance. Returns the figures."""
+    made_by = runs.assign(schema=SCHEMA, code_version=code_version())  # no other runs are ever found
+    with replacing(Path(folder) / f"study_{study.name}_runs.csv") as temporary:
+        made_by.to_csv(temporary, index=False)
+    return _save(study, runs, folder, used)
+
+
+def redraw(study: Study) -> list[Path]:
+    """Draw committed tables and figures again from the committed runs, whose provenance stays."""
+    folder = home() / "figures"
+    kept = {path: read_json(path) for path in folder.glob(f"study_{study.name}*.json")}
+    drawn = _save(study, committed_runs(study.name), str(folder), ())
+    for path, provenance in kept.items():
+        write_json(path, provenance | {"redrawn_by": code_version()})
+    return drawn
+
+
+def _save(study: Study, runs: pd.DataFrame, folder: str, used: Sequence[Any]) -> list[Path]:
+    album = figures.Album(figures_dir=folder, command=f"make study STUDY={study.name}")
+    made = tables(study, runs)
+    return [album.save(draw(study, name, table), name, table=table, used=used) for name, table in made.items()]
+
+
+# For notebooks
+
+
+def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple[Figure, pd.DataFrame]:
+    """A figure of a study and the table behind it, without making a run; an empty figure, which says so, without runs.
+
+    Args:
+        name: ``study_a``, or ``study_c_decomposition``.
+        source: ``committed``, the runs in figures/; or ``runs``, your own ones as far as they have finished.
+        runs_dir: where those lie.
+
+    Raises:
+        ParameterError: there is no such source or study.
+    """
+    if source not in (COMMITTED, OWN):
+        allowed = f"must be one of {COMMITTED}, {OWN}{did_you_mean(source, (COMMITTED, OWN))}"
+        raise ParameterError("studies", source, allowed)
+    study = read(name.removeprefix("study_").removesuffix(DECOMPOSITION))
+    runs = committed_runs(study.name) if source == COMMITTED else so_far(study, runs_dir=runs_dir)
+    table = tables(study, runs)[name]
+    return draw(study, name, table), table
+
+
+def so_far(study: Study, *, runs_dir: str = "runs") -> pd.DataFrame:
+    """What :func:`collect` gives, of the runs that this code has finished until now; none is made."""
+    jobs = [replace(job, experiment=job.experiment.replace(runs_dir=runs_dir)) for job in study.sweep.jobs]
+    here = replace(study.sweep, jobs=tuple(jobs))
+    return collect(study, sweep.table(here, sweep.finished(here)), partial=True)
+
+
+def committed_runs(name: str) -> pd.DataFrame:
+    """figures/study_NAME_runs.csv, from which its tables and figures follow; empty while it is not there.
+
+    Without a column ``schema`` the runs are of schema 1.
+    """
+    path = home() / "figures" / f"study_{name}_runs.csv"
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
+
+
+def declared(*, source: str = COMMITTED, runs_dir: str = "runs") -> pd.DataFrame:
+    """The declared contrasts of all studies, and what may be said of them. Differences and intervals are in points.
+
+    Returns:
+        Columns study, dataset, contrast, n, difference, low, high, p_holm, verdict.
+    """
+    found = pd.concat([show(f"study_{name}", source=source, runs_dir=runs_dir)[1] for name in names()])
+    found = found.loc[found["declared"].astype(bool)]
+    points = {name: 100 * found[name].astype(float) for name in ("difference", "low", "high")}
+    found = found.assign(contrast=found["arm"] + " - " + found["against"], **points)
+    return found.loc[:, ["study", "dataset", "contrast", "n", *points, "p_holm", "verdict"]].reset_index(drop=True)
+
+
+# Running
+
+
+def run(name: str, *, folder: str | None = None, log: sweep.Log = sweep.say, **where: Any) -> list[Path]:
+    """Make a study's runs as far as they are missing, and then its tables and figures.
+
+    Args:
+        folder: where those go; figures/ of the repository by default.
+        where: as for `sweep.run`.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ParameterError: the study is refused.
+        RunError: runs failed, or are no pairs; nothing in the folder is changed.
+    """
+    study = read(name)
+    log(f"study {study.name}: {study.file.question}")
+    frame = sweep.run(study.sweep, log=log, **where)
+    runs = collect(study, frame)
+    used = [results.open_run(run, study.sweep.runs_dir) for run in dict.fromkeys(frame["run"])]
+    return publish(study, runs, folder=folder or str(home() / "figures"), used=used)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Exit status: 0 when the study is complete, 1 when runs failed, 2 when it is refused, 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m pa_core.lab.study", description="Make a study of params/study/.")
+    parser.add_argument("study", help=f"one of {', '.join(names())}, or the path of a study file")
+    parser.add_argument("--estimate", action="store_true", help="only say how long the missing runs take")
+    parser.add_argument("--redraw", action="store_true", help="make no run; draw the committed runs again")
+    parser.add_argument("--folder", help="where tables and figures go; figures/ by default")
+    sweep.add_shares(parser)
+    options = vars(parser.parse_args(words))
+    try:
+        study, redrawn, estimated = (options.pop(name) for name in ("study", "redraw", "estimate"))
+        if redrawn:
+            print(*redraw(read(study)), sep="\n")
+        elif estimated:
+            runs, count = read(study).sweep, machine(workers=options["workers"], threads=options["threads"]).workers
+            todo = runs.to_do(sweep.finished(runs))
+            seconds = sweep.estimate(runs, todo, workers=count)
+            print(f"{len(todo)} of {len(runs.jobs)} runs to do: {sweep.duration(seconds)}")
+        else:
+            print(*run(study, **options), sep="\n")
+    except (ParameterError, RunError) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, ParameterError) else 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
