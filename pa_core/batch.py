@@ -123,17 +123,12 @@ def maps_of(pool: Pool, index: Tensor, size: int, device: torch.device) -> Tenso
 def proxied(
     images: Tensor, rows: Tensor, maps: Tensor, *, experiment: Experiment, draws: Draws
 ) -> tuple[Tensor, Tensor]:
-    """A batch in which some images are masked: `masking.region`, then `masking.apply`.
+    """A batch in which some images are masked, and the masks bool [m, S, S]: `masking.region`, then `masking.apply`.
 
     What is random in a fill is drawn anew at each draw; ``patch`` fills with another image of the batch.
 
     Args:
-        images: float32 [n, 3, S, S] in [0, 1].
-        rows: int64 [m], the images to mask, on their device.
-        maps: float32 [m, S, S] in [0, 1].
-
-    Returns:
-        the images, and the masks bool [m, S, S].
+        images: float32 [n, 3, S, S] in [0, 1]; rows: int64 [m], those to mask; maps: float32 [m, S, S] in [0, 1].
     """
     e, n = experiment, len(images)
     rule = {"mask_region": e.mask_region, "threshold_mode": e.threshold_mode, "threshold": e.threshold}

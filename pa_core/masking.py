@@ -81,21 +81,15 @@ def region(
     threshold: float = 0.75,
     max_share: float = 1.0,
 ) -> Tensor:
-    """Which pixels are masked.
+    """Which pixels of maps [N, H, W] in [0, 1] are masked, bool [N, H, W].
 
     Args:
-        maps: heatmaps [N, H, W] in [0, 1].
         mask_region: ``salient``, or ``rest``: the same rule on ``1 - maps``; by quantiles both mask equally many.
         threshold_mode: ``absolute`` masks ``maps > threshold``; ``deviations`` masks where a map exceeds its mean by
             more than ``threshold`` of its standard deviations; ``quantile`` masks in each image exactly
             ``round((1 - threshold) * H * W)`` pixels, those with the highest values. Ties are broken by a fixed random
             order of the places, the same for all images, so that a plateau is thinned evenly.
-        threshold: in [0, 1]; at least 0 with ``deviations``.
-        max_share: in (0, 1]; of an image with more pixels to mask than ``round(max_share * H * W)``, only that many
-            are, those with the highest values.
-
-    Returns:
-        bool [N, H, W].
+        max_share: in (0, 1]; at most ``round(max_share * H * W)`` pixels are masked, those with the highest values.
     """
     maps = 1 - maps if mask_region == "rest" else maps
     places = maps[0].numel() if len(maps) else 1
@@ -124,17 +118,10 @@ def _highest(maps: Tensor, count: int) -> Tensor:
 
 
 def feathered(mask: Tensor, *, feather: int) -> Tensor:
-    """How much of the fill each pixel gets: a ramp that rises from the mask's edge inwards.
+    """How much of the fill each pixel of a mask, bool [N, H, W], gets: float32 in [0, 1], a ramp from its edge inwards.
 
     A masked pixel at distance d (1 at the edge; steps in any of the eight directions; the image's border is no edge)
     gets ``min(d, feather + 1) / (feather + 1)``, every other pixel 0, so that nothing outside the mask is ever touched.
-
-    Args:
-        mask: bool [N, H, W].
-        feather: width of the ramp in pixels; 0 is the mask itself.
-
-    Returns:
-        float32 [N, H, W] in [0, 1].
     """
     inside = mask.float()
     total = inside.clone()
@@ -157,7 +144,7 @@ def apply(
     seed: int = 0,
     donors: Tensor | None = None,
 ) -> Tensor:
-    """The proxies: ``where(mask, (1 - w) * image + w * fill, image)``.
+    """The proxies: ``where(mask, (1 - w) * image + w * fill, image)``, pixels outside the mask bit for bit as they were.
 
     Fills: ``zero``, ``one``; ``mean``, ``max``, ``min``, ``half_max`` of the image, per channel; ``noise``, normal with
     the image's mean and standard deviation per channel, cut to [0, 1]; ``blur``, the image under a Gaussian with
@@ -165,21 +152,10 @@ def apply(
     ``where(mask, (1 - w * M) * image, image)`` (with ``mask_region = rest``, 1 - M); with ``none`` nothing changes.
 
     Args:
-        images: [N, 3, H, W] float in [0, 1].
-        maps: [N, H, W] in [0, 1].
-        mask: bool [N, H, W], from :func:`region`.
-        weight: w in [0, 1]; 0 is the identity.
-        feather: pixels over which w rises from the mask's edge inwards, see :func:`feathered`.
-        ids: one text per image, seeds its noise; by default "0", "1", ...
-        seed: seeds the noise too.
-        donors: [N, 3, H, W] in [0, 1], what ``patch`` fills with.
-
-    Returns:
-        [N, 3, H, W], pixels outside the mask bit for bit as in ``images``.
-
-    Raises:
-        KeyError: an unknown fill.
-        ParameterError: ``patch`` without donors.
+        images, donors: [N, 3, H, W] float in [0, 1]; ``patch`` fills with the donors.
+        maps: [N, H, W] in [0, 1]; mask: bool [N, H, W], from :func:`region`.
+        weight, feather: w in [0, 1], over so many pixels from the mask's edge inwards, see :func:`feathered`.
+        ids, seed: seed the noise; ids are one text per image, by default "0", "1", ...
     """
     w = weight * feathered(mask, feather=feather).unsqueeze(1) if feather else weight
     names = [str(i) for i in range(len(images))] if ids is None else ids

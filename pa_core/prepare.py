@@ -113,10 +113,7 @@ def locate(experiment: Experiment, *, identity: tuple[str, int] | None = None) -
     """Where the run with these parameters lies, or would lie. Decodes no image and builds no network.
 
     Args:
-        identity: what `data.identify` says of the data, where it is known already: many runs share theirs.
-
-    Raises:
-        ParameterError: an unknown method, data or weights that are not there.
+        identity: the dataset's digest and image size, where they are known already.
     """
     e = _resolved(experiment)
     digest, size = identity or data.identify(

@@ -47,12 +47,9 @@ class Stage:
 
 
 def stage(part: Part, experiment: Experiment, *, number: int, steps: Sequence[Step]) -> Stage:
-    """What a stage trains on; it follows from seed, number and maps alone, so that a resumed run finds it again.
+    """What a stage, numbered as `schedule.parse` does, trains on, with the maps of some steps, the earliest first.
 
-    Args:
-        part: the training part.
-        number: of the stage, as `schedule.parse` counts.
-        steps: the proxy steps whose maps are kept, the earliest first.
+    It follows from seed, number and maps alone, so that a resumed run finds it again.
     """
     e = experiment
     if e.protocol == "clean":
@@ -73,14 +70,7 @@ def stage(part: Part, experiment: Experiment, *, number: int, steps: Sequence[St
 
 
 def halves(labels: Tensor, *, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """``count`` positions drawn at random and halved, each class as evenly as its number allows.
-
-    Args:
-        labels: int64 [N], N >= count.
-
-    Returns:
-        int64 [count / 2 rounded up] and [count / 2 rounded down].
-    """
+    """``count`` positions of labels int64 [N], drawn at random and halved, each class as evenly as its number allows."""
     drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
     by_class = drawn[labels[drawn].argsort(stable=True)]
     return by_class[0::2], by_class[1::2]

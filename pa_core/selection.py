@@ -44,16 +44,12 @@ def count(n: int, fraction: float) -> int:
 
 
 def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor:
-    """Positions of the selected images, the first choice first; equal scores in the order of the images.
+    """Positions of the selected images, int64 [K], the first choice first; equal scores in the order of the images.
 
     Args:
         by: ``misclassified`` (the wrong ones, highest loss first; fewer when fewer are wrong), ``loss`` (highest),
             ``margin`` (lowest), ``entropy`` (highest), ``random``, ``easiest`` (lowest loss), ``all``.
-        fraction: of the N images, (0, 1].
-        seed: of ``random``.
-
-    Returns:
-        int64 [K], K <= max(1, round(fraction * N)); N for ``all``.
+        fraction: K is at most ``max(1, round(fraction * N))``; N for ``all``.
     """
     n = len(scores.loss)
     if by == "all":
@@ -75,14 +71,7 @@ def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor
 
 
 def some_wrong(scores: Scores, *, among: Tensor, fraction: float, seed: int) -> Tensor:
-    """The predecessor's selection: of the misclassified images a fraction, rounded up, in random order.
-
-    Args:
-        among: int64 [n], the positions that may be selected.
-
-    Returns:
-        int64 [K], K <= n.
-    """
+    """The predecessor's selection: of the misclassified among some positions, int64 [n], a fraction (rounded up) at random."""
     wrong = among[scores.predicted[among] != scores.labels[among]]
     order = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(derived_seed(seed, "select")))
     return wrong[order[: math.ceil(fraction * len(wrong))]]
