@@ -118,7 +118,7 @@ def _highest(maps: Tensor, count: int) -> Tensor:
 
 
 def feathered(mask: Tensor, *, feather: int) -> Tensor:
-    """How much of the fill each pixel of a mask, bool [N, H, W], gets: float32 in [0, 1], a ramp from its edge inwards.
+    """How much of the fill each pixel of a mask, bool [N, H, W], gets: a ramp from its edge inwards, in [0, 1].
 
     A masked pixel at distance d (1 at the edge; steps in any of the eight directions; the image's border is no edge)
     gets ``min(d, feather + 1) / (feather + 1)``, every other pixel 0, so that nothing outside the mask is ever touched.
@@ -144,7 +144,7 @@ def apply(
     seed: int = 0,
     donors: Tensor | None = None,
 ) -> Tensor:
-    """The proxies: ``where(mask, (1 - w) * image + w * fill, image)``, pixels outside the mask bit for bit as they were.
+    """The proxies: ``where(mask, (1 - w) * image + w * fill, image)``; outside the mask no bit changes.
 
     Fills: ``zero``, ``one``; ``mean``, ``max``, ``min``, ``half_max`` of the image, per channel; ``noise``, normal with
     the image's mean and standard deviation per channel, cut to [0, 1]; ``blur``, the image under a Gaussian with
