@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from pa_core import data, models
-from pa_core.data.workers import cores
 from pa_core.params import Experiment
 from tests.bench import harness, synthetic
 from tests.bench.epoch import MANY
@@ -93,7 +92,7 @@ def conventional(folder: Path, name: str, *, size: int, batch: int, device: torc
         batch_size=batch,
         shuffle=True,
         drop_last=True,
-        num_workers=cores(),
+        num_workers=len(os.sched_getaffinity(0)),
         pin_memory=device.type == "cuda",
         persistent_workers=True,
     )
