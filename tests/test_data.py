@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import draw_fashion_mini
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,6 @@ from small_sets import encoded, everything, noise, refused
 
 from pa_core import data, files
 from pa_core.data import cache, decode, sources, splits
-from pa_core.fashion_mini import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -84,7 +84,7 @@ def test_fashion_mini_is_stratified_and_reads_what_is_in_the_file(home):
     for part, each in zip(three(dataset), (320, 80, 200), strict=True):
         assert part.labels.dtype == torch.int64 and torch.bincount(part.labels).tolist() == [each] * 10
         assert len(part) == len(part.ids) == len(set(part.ids)) == each * 10
-    arrays, images = sources.fashion_mini(), {}
+    arrays, images = dict(np.load(sources.FASHION_MINI)), {}
     for part in ("train", "test"):
         rows = zip(arrays[f"{part}_rows"], arrays[f"{part}_images"], strict=True)
         images |= {f"{part}/{row:05d}": image for row, image in rows}
@@ -109,9 +109,9 @@ def test_fashion_mini_is_the_file_that_its_readme_describes():
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
 def test_fashion_mini_can_be_drawn_again(tmp_path):
-    draw.main(str(DEBIAN), str(tmp_path))
+    draw_fashion_mini.main(str(DEBIAN), str(tmp_path))
     with np.load(tmp_path / "fashion_mini.npz") as again:
-        arrays = sources.fashion_mini()
+        arrays = dict(np.load(sources.FASHION_MINI))
         assert sorted(again) == sorted(arrays)
         for name, array in arrays.items():
             assert again[name].dtype == array.dtype and again[name].tobytes() == array.tobytes()
@@ -120,7 +120,7 @@ def test_fashion_mini_can_be_drawn_again(tmp_path):
 def test_fashion_mini_at_another_size_is_resized_and_cached(home, decodes):
     for _ in range(2):
         dataset = data.load(dataset="fashion_mini", image_size=56)
-    original = Image.fromarray(sources.fashion_mini()["test_images"][3])
+    original = Image.fromarray(np.load(sources.FASHION_MINI)["test_images"][3])
     expected = np.array(original.resize((56, 56), Image.Resampling.BILINEAR))
     assert torch.equal(dataset.test.read(torch.tensor([3]))[0, 0], torch.from_numpy(expected))
     assert dataset.digest == data.load(dataset="fashion_mini").digest
@@ -362,18 +362,14 @@ def test_what_is_cached_can_be_read_from_a_data_home_that_cannot_be_written(tmp_
     assert state(home) == before
 
 
-def test_a_full_disk_is_said(tmp_path, monkeypatch, home, decodes):
+def test_a_full_disk_is_said(tmp_path, home):
     root = make_folder(tmp_path / "d", SIX)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-        with refused(r"^invalid PA_DATA='.*': must have room for the images, 0 MB, and 0 MB are free"):
-            load(root)
-    assert not decodes
+    load(root, image_size=16)
     (lock,) = home.rglob("*.lock")
     lock.with_suffix(".part").symlink_to("/dev/full")
     with refused(r"^invalid PA_DATA='.*': .* that can be written \(No space left on device\)"):
         load(root)
-    assert not list(home.rglob("*.npy")) and not list(home.rglob("*.part"))
+    assert len(list(home.rglob("*.npy"))) == 1 and not list(home.rglob("*.part"))
 
 
 # Splits
@@ -544,15 +540,13 @@ def test_images_are_found_by_content(tmp_path, home):
     assert len(list(home.glob("cache/*.npy"))) == 2
 
 
-@pytest.mark.parametrize("damage", ["short", "empty", "header", "shape", "gone", "index", "version"])
+@pytest.mark.parametrize("damage", ["short", "empty", "header", "gone", "index", "version"])
 def test_a_cache_that_does_not_fit_is_built_again(tmp_path, home, damage, monkeypatch):
     root = make_folder(tmp_path / "d", SIX)
     first = everything(load(root))
     (path,), (index,) = home.glob("cache/*.npy"), home.glob("cache/index/*.json")
     content = path.read_bytes()
-    if damage == "shape":
-        np.save(path, np.zeros((12, 3, 16, 16), np.uint8))
-    elif damage == "gone":
+    if damage == "gone":
         path.unlink()
     elif damage == "index":
         index.write_text("{")

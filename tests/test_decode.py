@@ -96,16 +96,6 @@ def test_32_bit_pixels_are_refused_with_their_mode(values, request):
         pixels(encoded(Image.fromarray(values), "TIFF"), 4)
 
 
-def test_exif_orientation_is_applied():
-    image = flat("RGB", "red", 8)
-    image.paste("blue", (4, 0, 8, 8))  # left red, right blue
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by a quarter: what was left is above
-    found = pixels(encoded(image, "PNG", exif=exif), 8)
-    assert set(map(tuple, found[:, :4].reshape(3, -1).T.tolist())) == {(255, 0, 0)}
-    assert set(map(tuple, found[:, 4:].reshape(3, -1).T.tolist())) == {(0, 0, 255)}
-
-
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 10))  # 9 does not exist
 def test_every_exif_orientation_is_that_of_pillow(orientation, kind):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 import http.server
 import inspect
@@ -20,9 +19,10 @@ import torchvision
 from small_sets import NOWHERE, SMALL, everything, md5, refused
 
 from pa_core import data
-from pa_core.data import torchvision_sets
+from pa_core.data import sources
 
 CIFAR10 = torchvision.datasets.CIFAR10
+OPTIONAL = {"classes", "download"}
 PUT = r"put cifar-10-batches-py/ or cifar-10-python.tar.gz into .*/cifar10 and start again$"
 
 
@@ -47,25 +47,26 @@ def test_sets_are_read_and_split(name, home, monkeypatch):
     assert all(count in (None, len(part)) for part, count in zip(three, counts, strict=True))
     assert len(everything(dataset)) == sum(map(len, three)) and not dataset.dropped
 
-    row, given = torchvision_sets.TORCHVISION[name], Counter()  # each image and label is as torchvision gives it
-    for arguments in row.parts.values():
-        for image, label in getattr(torchvision.datasets, row.cls)(str(home / name), **arguments):
+    row, given = sources.TORCHVISION[name], Counter()  # each image and label is as torchvision gives it
+    for arguments in row["parts"].values():
+        for image, label in getattr(torchvision.datasets, row["cls"])(str(home / name), **arguments):
             given[fingerprint(data.read_image(image.convert("RGB"), 16)), int(label)] += 1
     pairs = [pair for part in three for pair in zip(part.read(torch.arange(len(part))), part.labels, strict=True)]
     assert Counter((fingerprint(image), int(label)) for image, label in pairs) == given
 
-    monkeypatch.setattr(torchvision_sets, "_open", lambda *_, **__: pytest.fail("what is cached is read again"))
+    monkeypatch.setattr(sources, "_open", lambda *_, **__: pytest.fail("what is cached is read again"))
     again = data.load(dataset=name, image_size=16)
     assert (again.digest, again.split_digest) == (dataset.digest, dataset.split_digest)
 
 
 def test_every_row_asks_torchvision_for_what_it_has():
-    for name, row in torchvision_sets.TORCHVISION.items():
-        known = set(inspect.signature(getattr(torchvision.datasets, row.cls)).parameters)
-        assert all(set(arguments) <= known for arguments in row.parts.values()), name
-        assert "test" in row.parts or "val" not in row.parts, name
-        assert row.download == ("download" in known and name != "stanford_cars"), name
-        assert row.image_size >= 16 and row.files
+    for name, row in sources.TORCHVISION.items():
+        assert {"cls", "image_size", "parts", "files"} <= set(row) <= {"cls", "image_size", "parts", "files"} | OPTIONAL
+        known, parts = set(inspect.signature(getattr(torchvision.datasets, row["cls"])).parameters), row["parts"]
+        assert all(set(arguments) <= known for arguments in parts.values()), name
+        assert "test" in parts or "val" not in parts, name
+        assert row.get("download", True) == ("download" in known and name != "stanford_cars"), name
+        assert row["image_size"] >= 16 and row["files"] and all(isinstance(c, str) for c in row.get("classes", []))
     assert data.names()[0] == "fashion_mini" and data.names()[-1] == "folder" and len(data.names()) >= 24
     assert set(data.names()) == set(data.DATASETS)
 
@@ -80,14 +81,6 @@ def test_a_set_may_lie_elsewhere_and_a_changed_one_is_noticed(tmp_path, home):
     content[16] ^= 255
     path.write_bytes(content)
     assert data.load(dataset="fashion_mnist", data_dir=str(tmp_path / "there")).digest != first.digest
-
-
-def test_given_validation_images_stay_what_they_are(home):
-    small_sets.dtd(home / "dtd")
-    dataset = data.load(dataset="dtd", image_size=16, seed=7)
-    assert all(name.startswith("val/dtd/dtd/images/") for name in dataset.val.ids)
-    with refused(r"^invalid fold=1: must be 0, .*its own validation images"):
-        data.load(dataset="dtd", fold=1)
 
 
 def test_copies_are_found_by_their_pixels(home):
@@ -151,12 +144,12 @@ def test_without_network_the_message_says_what_to_put_where(monkeypatch, home):
     assert isinstance(caught.value.__cause__, URLError) and "\n" not in str(caught.value)
 
 
-def test_a_failed_download_leaves_nothing_behind_and_is_tried_again(cifar10_online, home):
+def test_a_failed_download_is_not_taken_for_a_set_and_is_tried_again(cifar10_online, home):
     whole = cifar10_online.read_bytes()
     cifar10_online.write_bytes(whole[:-100])
     with refused(rf"File not found or corrupted.*{PUT}"):
         data.load(dataset="cifar10")
-    assert not list((home / "cifar10").rglob("*"))
+    assert [path.name for path in (home / "cifar10").iterdir()] == [".download"]
     cifar10_online.unlink()
     with refused(PUT) as caught:
         data.load(dataset="cifar10")
@@ -194,16 +187,3 @@ def test_damaged_files_are_said_the_same_way(home, monkeypatch):
     with refused(r"^invalid dataset='mnist': must be in .* neither was possible .* put MNIST/raw/"):
         data.load(dataset="mnist")
     assert path.exists()  # what was there is not taken away
-
-
-def test_gzipped_originals_are_enough(home, monkeypatch):
-    small_sets.mnist(home / "fashion_mnist")
-    resources = []
-    for path in sorted((home / "fashion_mnist" / "FashionMNIST" / "raw").iterdir()):
-        zipped = path.with_name(f"{path.name}.gz")
-        zipped.write_bytes(gzip.compress(path.read_bytes()))
-        resources.append((zipped.name, md5(zipped)))
-        path.unlink()
-    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "resources", resources)
-    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [NOWHERE])
-    assert len(data.load(dataset="fashion_mnist").train) == 48

@@ -1,8 +1,6 @@
 """Datasets: names, splits by image id, images decoded once.
 
-One link of the package's chain. Inside, a module imports only those before it:
-
-    decode -> cache -> folder -> torchvision_sets -> sources -> splits -> dataset
+A module imports only those before it: decode -> cache -> sources -> splits -> dataset.
 """
 
 from pa_core.data.dataset import Dataset, Part, fits, identify, load, send

@@ -7,31 +7,24 @@ import io
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-VERSION = 1
-"""Incremented when the same file would give other pixels, so that cached ones are not used any more."""
-
-UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError),
-    *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
-)
-"""What Pillow raises over a file that is no image, or a broken one."""
-
+VERSION = 1  # incremented when the same file would give other pixels, so that cached ones are not used any more
 MISSING = "there is no such file"
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError)
+UNREADABLE = (*UNREADABLE, struct.error, zlib.error, Image.DecompressionBombError)
+"""What Pillow raises over a file that is no image, or a broken one."""
 
 
 def decode(source: str | Image.Image, size: int) -> tuple[str, tuple[int, int], str, np.ndarray | None]:
-    """A file, which is read once, or an image.
-
-    Returns:
-        its content's digest (empty if it cannot be read), height and width as stored (zeros if not known), the reason
-        why there are no pixels (or empty), and uint8 [3, size, size] or None.
-    """
+    """A file, which is read once, or an image: its content's digest (empty if it cannot be read), height and width as
+    stored (zeros if not known), why there are no pixels (or empty), and uint8 [3, size, size] or None."""
     digest, shape = "", (0, 0)
     try:
         content = _read(source) if isinstance(source, str) else source
@@ -44,15 +37,9 @@ def decode(source: str | Image.Image, size: int) -> tuple[str, tuple[int, int], 
 
 
 def read_image(image: str | os.PathLike[str] | Image.Image, size: int) -> Tensor:
-    """An image of your own as a dataset would hold it: upright by its EXIF data, on white where it is transparent, the
-    first frame of several, the shorter side resized to ``size`` (bilinear, antialiased), the central square.
-
-    Returns:
-        uint8 [3, size, size], RGB.
-
-    Raises:
-        one of UNREADABLE: this is no image, it is cut short, or its mode is not known.
-    """
+    """An image of your own as a dataset would hold it, uint8 [3, size, size], RGB: upright by its EXIF data, on white
+    where it is transparent, the first frame of several, the shorter side resized to ``size`` (bilinear, antialiased),
+    the central square. Raises one of UNREADABLE where this is no image, is cut short, or has an unknown mode."""
     content = image if isinstance(image, Image.Image) else _read(os.fspath(image))
     return torch.from_numpy(_pixels(_open(content), content, size).copy())
 
@@ -68,9 +55,8 @@ def stored_size(path: str) -> tuple[int, int]:
 
 def content_digest(content: bytes | Image.Image) -> str:
     """SHA-256 (hex) of a file's bytes, or of an image's mode, size and pixels."""
-    if not isinstance(content, bytes):
-        content = f"{content.mode} {content.size} ".encode() + content.tobytes()
-    return hashlib.sha256(content).hexdigest()
+    memory = content if isinstance(content, bytes) else f"{content.mode} {content.size} ".encode() + content.tobytes()
+    return hashlib.sha256(memory).hexdigest()
 
 
 def one_line(error: BaseException) -> str:
@@ -82,15 +68,12 @@ def one_line(error: BaseException) -> str:
 def _read(path: str) -> bytes:
     if not os.path.isfile(path):  # opening a pipe would wait for ever
         raise OSError(MISSING)
-    with open(path, "rb") as file:
-        return file.read()
+    return Path(path).read_bytes()
 
 
 def _open(content: bytes | Image.Image) -> Image.Image:
-    if isinstance(content, Image.Image):
-        return content
     try:
-        return Image.open(io.BytesIO(content))
+        return content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
     except Image.UnidentifiedImageError:  # its own text is the address of a buffer
         raise OSError("no image, or of an unknown format" if content else "an empty file") from None
 

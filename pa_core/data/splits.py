@@ -12,56 +12,51 @@ from pa_core.data.cache import Catalogue
 from pa_core.errors import ParameterError
 from pa_core.params import derived_seed
 
-DEFAULTS = {"folds": 5, "fold": 0}
-
 
 def split(
     images: Catalogue, *, origin: tuple[str, Any], folds: int, fold: int, seed: int, train_fraction: float
-) -> dict[str, np.ndarray]:
-    """Rows (int64, ascending) of ``train``, ``val``, ``test``, and of those ``dropped`` as copies.
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Rows (int64, ascending) of ``train``, ``val`` and ``test``, and of those that were dropped as copies.
 
     The test part is the official one; else a fifth of each class, the same for every seed, fold and number of folds.
     The validation part is the official one; else fold ``fold`` of ``folds``, stratified and shuffled by ``seed``.
     Copies (same digest) follow the first of them. Training copies of a test or official validation image, and official
-    validation copies of a test image, are left out.
-
-    Args:
-        images: those with a reason against them are in no part.
-        origin: parameter and value to name when the images do not suffice.
-
-    Raises:
-        ParameterError: an official part is empty, a class is too small, or folds are asked for where the validation
-            images are given.
+    validation copies of a test image, are left out. Of each class's training images ``train_fraction`` stays; smaller
+    shares are part of larger ones. Images with a reason against them are in no part. ParameterError where an official
+    part is empty, a class is too small, or folds are asked for though the validation images are given.
     """
-    labels, parts = np.array(images.labels), np.array(images.parts)
+    labels, parts, classes = np.array(images.labels), np.array(images.parts), range(len(images.classes))
     rows = np.flatnonzero([not reason for reason in images.reasons])
     by_part = {part: rows[parts[rows] == part] for part in ("train", "val", "test")}
     given = set(parts)
     for part in given:
         if not len(by_part[part]):
             raise ParameterError(*origin, f"must have an image that can be used in its {part} part")
-    for name, value in (("folds", folds), ("fold", fold)):
-        if "val" in given and value != DEFAULTS[name]:
-            text = f"must be {DEFAULTS[name]}, for the dataset has its own validation images"
-            raise ParameterError(name, value, text)
+    for name, value, default in (("folds", folds, 5), ("fold", fold, 0)):
+        if "val" in given and value != default:
+            raise ParameterError(name, value, f"must be {default}, for the dataset has its own validation images")
     content = np.unique(images.digests, return_inverse=True)[1]
     train, val, test = by_part.values()
     val = val[~np.isin(content[val], content[test])]
     train = train[~np.isin(content[train], content[np.concatenate([test, by_part["val"]])])]
     dropped = np.setdiff1d(rows, np.concatenate([train, val, test]))
-    _check_counts(labels[_firsts(train, content)], images.classes, origin, given, folds)
+    firsts = train[np.sort(np.unique(content[train], return_index=True)[1])]  # the first of each content
+    _check_counts(labels[firsts], images.classes, origin, given, folds)
     if "test" not in given:
-        firsts = _firsts(train, content)
-        members = [firsts[labels[firsts] == label] for label in np.unique(labels[firsts])]
         # The same for every seed, or another run would train on test images; and whatever other classes hold.
-        fifths = [train_test_split(m, test_size=fifth(len(m)), random_state=0)[1] for m in members]
-        test, train = _side(train, np.concatenate(fifths), content)
+        members = [firsts[labels[firsts] == label] for label in classes]
+        chosen = np.concatenate([train_test_split(m, test_size=fifth(len(m)), random_state=0)[1] for m in members])
+        test = train[np.isin(content[train], content[chosen])]
+        train, firsts = np.setdiff1d(train, test), np.setdiff1d(firsts, chosen)
     if "val" not in given:
-        firsts = _firsts(train, content)
-        kfold = StratifiedKFold(folds, shuffle=True, random_state=_state(seed, "folds"))
-        val, train = _side(train, firsts[list(kfold.split(firsts, labels[firsts]))[fold][1]], content)
-    train = _share(train, labels, train_fraction, _state(seed, "train_fraction", fold))
-    return {"train": train, "val": np.sort(val), "test": np.sort(test), "dropped": dropped}
+        kfold = StratifiedKFold(folds, shuffle=True, random_state=derived_seed(seed, "split", "folds") % 2**32)
+        chosen = firsts[list(kfold.split(firsts, labels[firsts]))[fold][1]]
+        val = train[np.isin(content[train], content[chosen])]
+        train = np.setdiff1d(train, val)
+    state = derived_seed(seed, "split", "train_fraction", fold) % 2**32
+    shuffled = [np.random.RandomState(state).permutation(train[labels[train] == label]) for label in classes]
+    train = np.concatenate([some[: max(1, int(train_fraction * len(some) + 0.5))] for some in shuffled])
+    return {"train": np.sort(train), "val": val, "test": test}, dropped
 
 
 def fifth(n: int) -> int:
@@ -82,25 +77,3 @@ def _check_counts(
         text = f"must have at least {needed} different training images of each class{' for ' * bool(why)}"
         text = f"{text}{' and '.join(why)}, and {len(small)} of {len(classes)} are too small: {', '.join(small)}"
         raise ParameterError(*origin, text)
-
-
-def _firsts(rows: np.ndarray, content: np.ndarray) -> np.ndarray:
-    """The first row of each content."""
-    return rows[np.sort(np.unique(content[rows], return_index=True)[1])]
-
-
-def _side(rows: np.ndarray, chosen: np.ndarray, content: np.ndarray) -> list[np.ndarray]:
-    """Rows whose content was chosen, and the others."""
-    with_it = np.isin(content[rows], content[chosen])
-    return [rows[with_it], rows[~with_it]]
-
-
-def _share(rows: np.ndarray, labels: np.ndarray, fraction: float, state: int) -> np.ndarray:
-    """A share of each class, at least one; a smaller share is part of every larger one."""
-    members = [rows[labels[rows] == label] for label in np.unique(labels[rows])]
-    shuffled = [np.random.RandomState(state).permutation(some) for some in members]
-    return np.sort(np.concatenate([some[: max(1, int(fraction * len(some) + 0.5))] for some in shuffled]))
-
-
-def _state(seed: int, *purpose: Any) -> int:
-    return derived_seed(seed, "split", *purpose) % 2**32

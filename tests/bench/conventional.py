@@ -1,8 +1,8 @@
-"""An epoch the usual way: PIL decodes each image and torchvision's transforms change it, in a DataLoader with workers, fp32.
+"""An epoch the usual way: PIL decodes each image, torchvision transforms it, in a DataLoader with workers; fp32.
 
-That is the reference, and how the predecessor trains: files are decoded and resized in every epoch, the network and the
-optimizer are as PyTorch gives them, and the loss is read in every step. ``pa_core`` trains the same network on the same JPEG
-files, decoded once before; what that took is not part of its rate and stands in a row of its own.
+That is the reference, and how the predecessor trains: files are decoded and resized in every epoch, the network and
+the optimizer are as PyTorch gives them, and the loss is read in every step. ``pa_core`` trains the same network on the
+same JPEG files, decoded once before; what that took is not part of its rate and stands in a row of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from pa_core import data, models
-from pa_core.data.workers import cores
 from pa_core.params import Experiment
 from tests.bench import harness, synthetic
 from tests.bench.epoch import MANY
@@ -93,7 +92,7 @@ def conventional(folder: Path, name: str, *, size: int, batch: int, device: torc
         batch_size=batch,
         shuffle=True,
         drop_last=True,
-        num_workers=cores(),
+        num_workers=len(os.sched_getaffinity(0)),
         pin_memory=device.type == "cuda",
         persistent_workers=True,
     )
