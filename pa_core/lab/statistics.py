@@ -24,7 +24,6 @@ MIN_PAIRS_FOR_VERDICT = 5  # two differences that happen to agree have an interv
 MARGIN = 0.005  # differences within this are too small to matter here
 WITHIN_MARGIN = f"within {100 * MARGIN:g} points"
 ALPHA = 0.05
-
 GROUP = ["study", "dataset", "model"]
 RUN_COLUMNS = (*GROUP, "arm", "seed", "metric", "value", "digest")
 COLUMNS = [*GROUP, "arm", "metric", "n", "mean", "sd", "difference", "low", "high", "p_value"]
