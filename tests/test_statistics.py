@@ -89,7 +89,7 @@ def test_sign_flips_are_exact_for_twenty_pairs():
 
 def test_no_p_value_below_ten_pairs_and_none_that_is_not_exact():
     assert np.isnan(statistics.sign_flip([1.0] * 9))
-    with pytest.raises(ValueError, match="25 pairs"):
+    with pytest.raises(ParameterError, match="seeds=25: must be at most 24"):
         statistics.sign_flip([1.0] * 25)
 
 

@@ -42,8 +42,7 @@ BAND: Any = {"color": NEUTRAL, "alpha": 0.2, "lw": 0}
 STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 160, "svg.fonttype": "none"}
 STYLE |= {"svg.hashsalt": "pa"}  # the same figure gives the same file
-styled = matplotlib.rc_context(STYLE)
-"""Decorator: text and axes get the style that holds when they are made."""
+styled = matplotlib.rc_context(STYLE)  # a decorator: text and axes get the style that holds when they are made
 
 
 def figures_home(figures_dir: str = "figures/quick") -> Path:
@@ -75,16 +74,12 @@ class Album:
         for suffix, metadata in ((".png", "Software"), (".svg", "Date")):
             figure.savefig(path.with_suffix(suffix), bbox_inches="tight", metadata={metadata: None})
         table.to_csv(path.with_suffix(".csv"), index=False)
-        manifests = {run.path.name: run.manifest for run in used if run is not None}
-        provenance = {
-            "figure": name,
-            "runs": [{"run": k} | {n: m.get(n) for n in ("digest", "code_version")} for k, m in manifests.items()],
-            **({"made_from": made_from} if made_from else {}),
-            "code_versions": sorted({str(m.get("code_version")) for m in manifests.values()} or {runs.code_version()}),
-            "git_commit": runs.git_commit(),
-            "command": self.command,
-            "made": runs.now(),
-        }
+        made = [(run.path.name, run.manifest) for run in used if run]
+        made = [{"run": name} | {k: manifest.get(k) for k in ("digest", "code_version")} for name, manifest in made]
+        versions = sorted({str(run["code_version"]) for run in made} or {runs.code_version()})
+        provenance = {"figure": name, "runs": made} | ({"made_from": made_from} if made_from else {})
+        provenance |= {"code_versions": versions, "git_commit": runs.git_commit()}
+        provenance |= {"command": self.command, "made": runs.now()}
         path.with_suffix(".json").write_text(json.dumps(provenance, indent=2) + "\n")
         return path.with_suffix(".png")
 
@@ -126,7 +121,8 @@ def _picture(ax: Axes, image: Tensor, title: str = "", heatmap: Tensor | None = 
     ax.set_title(title.replace("$", r"\$"), fontsize=8, color=colour)  # a dollar sign would begin a formula
 
 
-def _short(text: str, length: int = 16) -> str:
+def _short(text: object, length: int = 16) -> str:
+    text = str(text)
     return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
 
 
@@ -134,18 +130,21 @@ def _note(ax: Axes, x: float, y: float, text: str) -> None:
     ax.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
 
 
-def _key(figure: Figure, dots: Mapping[str, str], *more: Any) -> None:
-    """A legend below the figure: label -> colour of a dot, and other handles."""
-    handles = [Line2D([], [], ls="", marker="o", ms=5, color=c, label=k) for k, c in dots.items()] + list(more)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+def _key(figure: Figure, dots: Mapping[Any, str], *more: Any, hollow: str = "") -> None:
+    """A legend below the figure: label -> colour of a dot, which is ``hollow`` for that label, and other handles."""
+    shape: Any = {"ls": "", "marker": "o", "ms": 5}
+    handles = [Line2D([], [], color=c, mfc="white" if k == hollow else c, label=k, **shape) for k, c in dots.items()]
+    figure.legend(handles=[*handles, *more], loc="outside lower center", ncols=min(len(handles) + len(more), 5))
 
 
-def _difference(ax: Axes, place: float, row: Any, *, colour: str, upright: bool = False, hollow: bool = False) -> None:
-    """A difference and its interval, in points."""
-    ends, middle = (100 * row.low, 100 * row.high), (100 * row.difference,)
-    (ax.vlines if upright else ax.hlines)(place, *ends, color=colour, lw=1.5)
-    at = ((place,), middle) if upright else (middle, (place,))
-    ax.plot(*at, marker="o", ms=4.5, color=colour, mfc="white" if hollow else colour)
+def _differences(ax: Axes, dots: Iterable[tuple[Any, str, str]], *, upright: bool = False) -> None:
+    """Rows with their colours, of line and dot: differences and intervals, in points, over the band of small ones."""
+    (ax.axhspan if upright else ax.axvspan)(-100 * MARGIN, 100 * MARGIN, **BAND)
+    (ax.axhline if upright else ax.axvline)(0, color=NEUTRAL, lw=0.8)
+    for place, (row, colour, face) in enumerate(dots):
+        at, ends = 100 * row.difference, (100 * row.low, 100 * row.high)
+        (ax.vlines if upright else ax.hlines)(place, *ends, color=colour, lw=1.5)
+        ax.plot(*((place, at) if upright else (at, place)), marker="o", ms=4.5, color=colour, mfc=face)
 
 
 @styled
@@ -162,22 +161,21 @@ def samples(dataset: Dataset, *, per_class: int = 8, most_classes: int = 10) -> 
 @styled
 def class_balance(dataset: Dataset) -> Drawn:
     """Images per class and part, stacked; many classes are sorted by size and drawn without names."""
-    parts = (dataset.train, dataset.val, dataset.test)
-    counted = {part.name: torch.bincount(part.labels, minlength=len(dataset.classes)).numpy() for part in parts}
-    table = pd.DataFrame({"class": list(dataset.classes), **counted})
-    many = len(table) > 40
+    table = pd.DataFrame({"class": list(dataset.classes)})
+    for part in (dataset.train, dataset.val, dataset.test):
+        table[part.name] = part.labels.bincount(minlength=len(table)).numpy()
+    many, places, bottom = len(table) > 40, range(len(table)), np.zeros(len(table))
     if many:
-        table = table.loc[table[list(counted)].sum(axis=1).sort_values(ascending=False, kind="stable").index]
+        table = table.loc[table[list(PARTS)].sum(axis=1).sort_values(ascending=False, kind="stable").index]
     figure, ((ax,),) = _new(1, 1, width=7.5, height=3.2)
-    bottom = np.zeros(len(table))
-    for name, counts in table[list(counted)].items():
-        label = f"{name} ({counts.sum():,})"
-        ax.bar(range(len(table)), counts, bottom=bottom, color=PARTS[str(name)], label=label, width=0.8)
-        bottom += counts.to_numpy()
+    for name, colour in PARTS.items():
+        label = f"{name} ({table[name].sum():,})"
+        ax.bar(places, table[name], bottom=bottom, color=colour, label=label, width=0.8)
+        bottom += table[name].to_numpy()
     if many:
         ax.set_xlabel(f"{len(table)} classes, the largest first")
     else:
-        ax.set_xticks(range(len(table)), [_short(c) for c in table["class"]], rotation=40, ha="right")
+        ax.set_xticks(places, [_short(c) for c in table["class"]], rotation=40, ha="right")
     ax.set_ylabel("images")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure, table
@@ -212,10 +210,10 @@ def curves(named: Mapping[str, Run]) -> Drawn:
         for ax in (loss, accuracy, rate):
             for epoch in m["epoch"][m["stage"].diff() > 0]:
                 ax.axvline(epoch - 0.5, color=NEUTRAL, lw=0.8, ls=":")
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    loss.set(title="loss (nats), training dashed", xlabel="epoch")
-    accuracy.set(title="accuracy, training dashed", xlabel="epoch")
-    rate.set(title="learning rate, end of epoch", xlabel="epoch")
+    titles = ("loss (nats), training dashed", "accuracy, training dashed", "learning rate, end of epoch")
+    for ax, title in zip((loss, accuracy, rate), titles, strict=True):
+        ax.set(title=title, xlabel="epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     _key(figure, {}, *accuracy.get_legend_handles_labels()[0])
@@ -225,15 +223,14 @@ def curves(named: Mapping[str, Run]) -> Drawn:
 @styled
 def worst(part: Part, scores: Scores, positions: Tensor, classes: Sequence[str], *, columns: int = 8) -> Drawn:
     """Images with what they are, what they were taken for, and the loss."""
+    known = ["id", "label", "predicted", "loss"]
     if len(positions) == 0:
-        return _empty("no image qualifies", ["id", "label", "predicted", "loss"])
-    table = pd.DataFrame({"id": [part.ids[i] for i in positions.tolist()]})
-    for name, numbers in (("label", part.labels), ("predicted", scores.predicted)):
-        table[name] = [classes[i] for i in numbers[positions].tolist()]
-    table["loss"] = scores.loss[positions].numpy()
-    pictures = []
+        return _empty("no image qualifies", known)
+    names = [[classes[i] for i in numbers[positions].tolist()] for numbers in (part.labels, scores.predicted)]
+    found = [[part.ids[i] for i in positions.tolist()], *names, scores.loss[positions].numpy()]
+    table, pictures = pd.DataFrame(dict(zip(known, found, strict=True))), []
     for image, row in zip(part.read(positions), table.itertuples(), strict=True):
-        title = f"{_short(str(row.label), 14)}\n→ {_short(str(row.predicted), 14)}\nloss {row.loss:.1f}"
+        title = f"{_short(row.label, 14)}\n→ {_short(row.predicted, 14)}\nloss {row.loss:.1f}"
         pictures.append((image, title, None, WRONG if row.label != row.predicted else "black"))
     rows = {" " * i: pictures[i : i + columns] for i in range(0, len(pictures), columns)}
     return _grid(rows, cell=(1.25, 1.65)), table
@@ -243,13 +240,15 @@ def worst(part: Part, scores: Scores, positions: Tensor, classes: Sequence[str],
 def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> Drawn:
     """A column per image: original, heatmap over it, what is masked, proxy. None where there was no proxy step."""
     if made is None or len(made.images) == 0:
-        text = "the schedule has no proxy step" if made is None else "the step selected no image"
+        text = "the step selected no image" if made else "the schedule has no proxy step"
         return _empty(text, ["image", "masked_share", "changed_share"])
     titles = list(titles) or [str(k) for k in range(len(made.images))]
-    masks = made.mask.to(torch.uint8).mul(255).unsqueeze(1).expand(-1, 3, -1, -1)
-    overlaid = [(image, "", heatmap) for image, heatmap in zip(made.originals, made.maps, strict=True)]
-    originals = list(zip(made.originals, titles, strict=True))
-    rows = {"original": originals, "heatmap": overlaid, "masked": masks, "proxy": made.images}
+    rows = {
+        "original": list(zip(made.originals, titles, strict=True)),
+        "heatmap": [(image, "", heatmap) for image, heatmap in zip(made.originals, made.maps, strict=True)],
+        "masked": made.mask.to(torch.uint8).mul(255).unsqueeze(1).expand(-1, 3, -1, -1),
+        "proxy": made.images,
+    }
     table = {"image": [title.replace("\n", " ") for title in titles], "masked_share": made.mask.float().mean((1, 2))}
     table["changed_share"] = (made.images != made.originals).any(1).float().mean((1, 2))
     return _grid(rows, cell=(1.2, 1.25)), pd.DataFrame(table)
@@ -262,9 +261,9 @@ def fills(made: Proxies, *, mask_region: str = "salient") -> Drawn:
     if len(images) == 0:
         return _empty("no image qualifies", columns)
     rows = {f"image {i}": [(image, "" if i else "original")] for i, image in enumerate(made.originals)}
+    how = {"mask_region": mask_region, "donors": images.roll(1, 0)}
     for fill in FILLS:
-        how = {"fill": fill, "mask_region": mask_region, "donors": images.roll(1, 0)}
-        changed = masking.apply(images, made.maps, made.mask, **how)
+        changed = masking.apply(images, made.maps, made.mask, fill=fill, **how)
         for i, image in enumerate(masking.to_uint8(changed)):
             rows[f"image {i}"].append((image, "" if i else fill))
             table.append([i, fill, float((changed[i] - images[i]).abs().mean())])
@@ -292,10 +291,11 @@ def threshold_by_weight(made: Proxies, *, fill: str = "mean", mask_region: str =
 @styled
 def compared(images: Mapping[str, Tensor], maps: Mapping[str, Tensor], table: pd.DataFrame) -> Drawn:
     """A column per image: the image, and below it each run's heatmap over it, with what it predicts and how surely."""
-    rows = {"": list(zip(next(iter(images.values())), map(_short, table["image"].unique()), strict=True))}
+    first = zip(next(iter(images.values())), map(_short, table["image"].unique()), strict=True)
+    rows: dict[str, list[Any]] = {"": list(first)}
     for run, shown in images.items():
         guesses = table[table["run"] == run].itertuples()
-        titles = [f"{_short(str(guess.predicted))}\n{guess.confidence:.0%}" for guess in guesses]
+        titles = [f"{_short(guess.predicted)}\n{guess.confidence:.0%}" for guess in guesses]
         rows[run] = list(zip(shown, titles, maps[run], strict=True))
     return _grid(rows, cell=(1.3, 1.6)), table
 
@@ -330,7 +330,7 @@ def accuracy_by(frame: pd.DataFrame) -> Drawn:
         shown = done if name == "schedule" else done[done["proxy_steps"] > 0]
         groups = list(shown.groupby(name))
         for i, (value, group) in enumerate(groups):
-            colours = [PROXIED if steps else PLAIN for steps in group["proxy_steps"]]
+            colours = np.where(group["proxy_steps"] > 0, PROXIED, PLAIN)
             ax.scatter([i] * len(group), group["val_accuracy"], c=colours, s=22)
             _note(ax, i, group["val_accuracy"].max(), f"n={len(group)}")
             rows += [[name, value, r.run, r.seed, r.val_accuracy] for r in group.itertuples()]
@@ -351,15 +351,13 @@ def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> Drawn:
         return _empty("no two arms of the study share a seed", shown.columns)
     most = max(len(rows) for _, rows in groups)
     figure, axes = _new(1, len(groups), width=3.4 + 4.6 * len(groups), height=0.3 * most + 1.4, sharex=True)
-    for ax, (key, rows) in zip(axes.flat, groups, strict=True):
-        y = np.arange(len(rows))[::-1]
-        ax.axvspan(-100 * MARGIN, 100 * MARGIN, **BAND)
-        ax.axvline(0, color=NEUTRAL, lw=0.8)
-        for place, row in zip(y, rows.itertuples(), strict=True):
-            _difference(ax, place, row, colour=DECLARED if row.declared else NEUTRAL)
-        ax.set_yticks(y, [f"{_short(f'{row.arm} − {row.against}', 56)}  (n = {row.n})" for row in rows.itertuples()])
-        label = f"difference in {metric.replace('_', ' ')}, in points, 95 % interval"
-        ax.set(title=", ".join(map(str, key)), xlabel=label)
+    for ax, (key, group) in zip(axes.flat, groups, strict=True):
+        rows = list(group.itertuples())
+        colours = [DECLARED if row.declared else NEUTRAL for row in rows]
+        _differences(ax, zip(rows, colours, colours, strict=True))
+        ax.set_yticks(range(len(rows)), [f"{_short(f'{row.arm} − {row.against}', 56)}  (n = {row.n})" for row in rows])
+        ax.set(title=", ".join(key), xlabel=f"difference in {metric.replace('_', ' ')}, in points, 95 % interval")
+        ax.invert_yaxis()
     _key(figure, {"declared": DECLARED, "descriptive": NEUTRAL}, Patch(label=WITHIN_MARGIN, **BAND))
     return figure, shown
 
@@ -375,17 +373,13 @@ def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapp
     widths = [len(arms) + 0.5 for arms in values.values()]
     figure, axes = _new(1, len(values), width=0.62 * sum(widths) + 1.2, height=3.8, sharey=True, width_ratios=widths)
     for ax, (name, arms) in zip(axes.flat, values.items(), strict=True):
-        ax.axhspan(-100 * MARGIN, 100 * MARGIN, **BAND)
-        ax.axhline(0, color=NEUTRAL, lw=0.8)
-        for place, arm in enumerate(arms):
-            _difference(ax, place, rows[arm], colour=PROXIED, upright=True, hollow=arm != around)
+        _differences(ax, [(rows[arm], PROXIED, PROXIED if arm == around else "white") for arm in arms], upright=True)
         ax.set_xticks(range(len(arms)), arms.values(), rotation=35, ha="right")
         ax.set(xlim=(-0.6, len(arms) - 0.4), title=name)
-    n = " to ".join(map(str, sorted({shown["n"].min(), shown["n"].max()})))
-    reference = shown["against"].iloc[0]
-    axes[0, 0].set_ylabel(f"difference to {reference}, in points\nof test accuracy, 95 % interval (n = {n})")
-    others = Line2D([], [], ls="", marker="o", ms=5, color=PROXIED, mfc="white", label="one parameter changed")
-    _key(figure, {f"{around}, in every panel": PROXIED}, others, Patch(label=WITHIN_MARGIN, **BAND))
+    n, against = " to ".join(map(str, sorted({shown["n"].min(), shown["n"].max()}))), shown["against"].iloc[0]
+    axes[0, 0].set_ylabel(f"difference to {against}, in points\nof test accuracy, 95 % interval (n = {n})")
+    others, band = "one parameter changed", Patch(label=WITHIN_MARGIN, **BAND)
+    _key(figure, {f"{around}, in every panel": PROXIED, others: PROXIED}, band, hollow=others)
     return figure, shown
 
 
@@ -400,15 +394,15 @@ def decomposition(table: pd.DataFrame) -> Drawn:
     for ax, (key, group) in zip(axes.flat, panels, strict=True):
         arms = list(group.groupby("arm", sort=False))
         for i, (_, rows) in enumerate(arms):
-            r = 100 * rows.set_index("component").loc[list(COMPONENTS), ["mean", "low", "high"]]
+            r = 100 * rows.set_index("component")[["mean", "low", "high"]]
             places, errors = most - i - 0.16 * np.arange(len(r)), (r["mean"] - r["low"], r["high"] - r["mean"])
-            colours = list(COMPONENT_COLOURS.values())
+            colours = [*COMPONENT_COLOURS.values()]
             ax.barh(places, r["mean"], height=0.15, color=colours, xerr=errors, error_kw={"elinewidth": 0.9})
-        ticks = [f"{_short(str(arm), 40)}\n(n = {rows['n'].iloc[0]})" for arm, rows in arms]
+        ticks = [f"{_short(arm, 40)}\n(n = {rows['n'].iloc[0]})" for arm, rows in arms]
         ax.set_yticks([most - i - 0.32 for i in range(len(arms))], ticks)
         ax.axvline(0, color=NEUTRAL, lw=0.8)
-        title = f"{key[0]}: beyond the test accuracy of\n{key[1]}"
-        ax.set(ylim=(0.2, most + 0.3), title=title, xlabel="points, 95 % interval")
+        ax.set(ylim=(0.2, most + 0.3), xlabel="points, 95 % interval")
+        ax.set_title("{}: beyond the test accuracy of\n{}".format(*key))
     _key(figure, COMPONENT_COLOURS)
     return figure, table
 
@@ -426,8 +420,8 @@ def confusion(matrix: pd.DataFrame) -> Drawn:
         for i, k in np.argwhere(counts):
             colour = "white" if share[i, k] > 0.5 else "black"
             ax.text(k, i, str(counts[i, k]), ha="center", va="center", fontsize=7, color=colour)
-        ax.set_xticks(range(n), [_short(str(c)) for c in matrix.columns], rotation=45, ha="right")
-        ax.set_yticks(range(n), [_short(str(c)) for c in matrix.index])
+        ax.set_xticks(range(n), [_short(c) for c in matrix.columns], rotation=45, ha="right")
+        ax.set_yticks(range(n), [_short(c) for c in matrix.index])
     ax.set(xlabel="predicted", ylabel="true")
     figure.colorbar(drawn, ax=ax, shrink=0.7, label="share of the true class")
     return figure, matrix.stack().rename("images").rename_axis(["true_class", "predicted_class"]).reset_index()

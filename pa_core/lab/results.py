@@ -6,6 +6,7 @@ import os
 import shlex
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from pa_core.lab.statistics import Contrast
 from pa_core.params import PARAMETERS, PROXY_PARAMETERS, SCHEMA, Experiment
 from pa_core.runs import FINISHED, Run, code_version
 
+Names = Sequence[str]
+GROUPS = ("dataset", "model")
 _ACCURACIES = ("val_accuracy", "test_accuracy", "balanced_accuracy", "reported_accuracy")
-MEASURED = (*_ACCURACIES, "epochs", "train_seconds", "proxy_seconds")
-"""Columns that are always there; any other number of a summary.json gets one, too."""
+MEASURED = (*_ACCURACIES, "epochs", "train_seconds", "proxy_seconds")  # always columns, as is all else that is measured
 _IDENTITY = ("digest", "status", "started", "data_digest", "split_digest", "weights_digest", "device_name")
-_RESOLVED = ("batch_size", "precision")
-"""Parameters that may be ``auto``: what that was stands in columns ``used_batch_size`` and ``used_precision``."""
+_RESOLVED = {"batch_size": "used_batch_size", "precision": "used_precision"}  # may be auto -> column: what that was
+COMPARED = ("test_accuracy", "balanced_accuracy", "reported_accuracy", "proxy_epochs")  # of arms
+SHARED = ("split_digest", "data_digest", "device_name")  # by the runs of one seed, or they are no pairs
 
 
 def load(runs_dir: str = "runs", *, epochs: bool = False) -> pd.DataFrame:
@@ -37,19 +40,14 @@ def load(runs_dir: str = "runs", *, epochs: bool = False) -> pd.DataFrame:
     Returns:
         Columns ``run`` (directory name), ``stale`` (made by other code than this: the tables here leave it out),
         ``digest``, ``status``, ``started``, digests, the parameters (``image_size`` as resolved), ``proxy_steps``, and
-        every number of summary.json (NaN where a run has not finished).
-
-    Warns:
-        UserWarning: runs are left out, because a file of theirs is damaged or they have another schema; they are named.
+        every number of summary.json (NaN where a run has not finished). Runs of another schema, and those with a
+        damaged file, are left out, and a UserWarning names them.
     """
     home = runs_home(runs_dir)
-    rows = _rows(home)
-    known = ["run", "stale", *_IDENTITY, *PARAMETERS, *(f"used_{name}" for name in _RESOLVED)]
-    measured = [name for name in dict.fromkeys([*MEASURED, *chain.from_iterable(rows)]) if name not in known]
+    rows, known = _rows(home), ["run", "stale", *_IDENTITY, *PARAMETERS, *_RESOLVED.values(), "proxy_steps"]
+    measured = [name for name in dict.fromkeys(chain(MEASURED, *rows)) if name not in known]
     frame = pd.DataFrame({name: [row.get(name) for row in rows] for name in (*known, *measured)})
-    frame = frame.astype(dict.fromkeys(measured, float) | {"stale": bool})
-    steps = {text: schedule.steps(text) for text in frame["schedule"].unique()}
-    frame.insert(len(known), "proxy_steps", frame["schedule"].map(steps).astype(int))
+    frame = frame.astype(dict.fromkeys(measured, float) | {"stale": bool, "proxy_steps": int})
     frame = frame.sort_values(["started", "run"], kind="stable", ignore_index=True)
     return _epochs(home, frame.drop(columns=measured)) if epochs else frame
 
@@ -60,7 +58,7 @@ def numbers(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def _rows(home: Path) -> list[dict[str, Any]]:
-    rows, damaged, others, version = [], [], [], code_version()
+    rows, damaged, others, version, steps = [], [], [], code_version(), cache(schedule.steps)
     for name in sorted(entry.name for entry in os.scandir(home) if entry.is_dir()) if home.is_dir() else []:
         try:
             manifest, summary = read_json(home / name / "manifest.json"), read_json(home / name / "summary.json")
@@ -69,11 +67,10 @@ def _rows(home: Path) -> list[dict[str, Any]]:
                 continue
             row = {"run": name, "stale": manifest["code_version"] != version} | {k: manifest[k] for k in _IDENTITY}
             row |= {k: manifest["parameters"][k] for k in PARAMETERS} | {"image_size": manifest["image_size"]}
-            row |= {f"used_{k}": manifest[k] for k in _RESOLVED}
+            row |= {used: manifest[k] for k, used in _RESOLVED.items()} | {"proxy_steps": steps(row["schedule"])}
+            rows.append(numbers(summary) | row)
         except (RunError, KeyError, TypeError) as error:
             damaged.append(str(error) if isinstance(error, RunError) else f"{name} (manifest.json lacks {error})")
-            continue
-        rows.append(numbers(summary) | row)
     _left_out(damaged, "are damaged")
     _left_out(others, f"have another schema than {SCHEMA}")
     return rows
@@ -86,70 +83,54 @@ def _left_out(names: Sequence[str], why: str) -> None:
 
 
 def _epochs(home: Path, frame: pd.DataFrame) -> pd.DataFrame:
-    tables, kept, damaged = [], [], []
-    for position, name in enumerate(frame["run"]):
+    tables, damaged = {}, []
+    for name in frame["run"]:
         try:
-            tables.append(Run(home / name).metrics)
+            tables[name] = Run(home / name).metrics
         except RunError as error:
             damaged.append(str(error))
-        else:
-            kept += [position] * len(tables[-1])
     _left_out(damaged, "have damaged metrics")
-    measured = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    known = frame.iloc[kept].reset_index(drop=True)
-    return pd.concat([known, measured.drop(columns=list(known.columns), errors="ignore")], axis=1)
+    measured = pd.concat(tables, names=["run"]).reset_index("run") if tables else frame[["run"]]
+    return frame.merge(measured[["run", *measured.columns.difference(frame.columns, sort=False)]], on="run")
 
 
 def usable(frame: pd.DataFrame) -> pd.DataFrame:
     """The finished runs of this code, each once per arm; how many of other code are left out is warned of."""
     done = frame[frame["status"] == FINISHED]
-    if "stale" in done and done["stale"].any():
-        stale = done["stale"].astype(bool)
+    stale = done.get("stale", pd.Series(False, done.index)).astype(bool)
+    if stale.any():
         warnings.warn(f"{stale.sum()} finished runs were made by other code than this and are left out", stacklevel=3)
-        done = done[~stale]
-    return done.drop_duplicates([name for name in ("arm", "digest") if name in done.columns], keep="last")
+    return done[~stale].drop_duplicates([name for name in ("arm", "digest") if name in done.columns], keep="last")
 
 
-# Tables
-
-
-def _known(frame: pd.DataFrame, parameter: str, names: str | Sequence[str]) -> list[str]:
-    names = [names] if isinstance(names, str) else list(names)
+def _known(frame: pd.DataFrame, parameter: str, *names: str) -> list[str]:
     for name in names:
         if name not in frame.columns:
             raise ParameterError(parameter, name, f"must be a column{did_you_mean(name, frame.columns)}")
-    return names
+    return list(names)
 
 
-def best(frame: pd.DataFrame, *, by: Sequence[str] = ("dataset", "model"), value: str = "val_accuracy") -> pd.DataFrame:
+def best(frame: pd.DataFrame, *, by: Names = GROUPS, value: str = "val_accuracy") -> pd.DataFrame:
     """The best finished run of each group, and how many it is the best of (``n``); of a loss or of seconds the lowest.
 
     Choose by a validation measure and report the test one of the run chosen: the best of many test accuracies flatters.
     """
-    by, (value,) = _known(frame, "by", by), _known(frame, "value", value)
-    done = usable(frame).dropna(subset=[value])
+    by, done = _known(frame, "by", *by), usable(frame).dropna(subset=_known(frame, "value", value))
     groups = done.groupby(by, sort=True, dropna=False)[value]
     chosen = done.loc[(groups.idxmin() if value.endswith(("loss", "seconds")) else groups.idxmax()).to_numpy()]
     return chosen.assign(n=groups.size().to_numpy()).reset_index(drop=True)
 
 
 def pivot(
-    frame: pd.DataFrame,
-    *,
-    rows: Sequence[str] = ("dataset", "model"),
-    columns: Sequence[str] = ("schedule",),
-    value: str = "test_accuracy",
+    frame: pd.DataFrame, *, rows: Names = GROUPS, columns: Names = ("schedule",), value: str = "test_accuracy"
 ) -> pd.DataFrame:
     """Mean, standard deviation and number of finished runs, rows by columns.
 
-    Returns:
-        Columns with ``mean``, ``sd`` (with n - 1; NaN for a single run) and ``n`` as their last level.
+    The columns' last level is ``mean``, ``sd`` (with n - 1; NaN for a single run) and ``n``.
     """
-    rows, columns = _known(frame, "rows", rows), _known(frame, "columns", columns)
-    (value,) = _known(frame, "value", value)
-    done = usable(frame).dropna(subset=[value])
-    cells = done.groupby([*rows, *columns], dropna=False)[value].agg(mean="mean", sd="std", n="size")
-    table = cells.unstack(list(range(len(rows), len(rows) + len(columns))))
+    keys = [*_known(frame, "rows", *rows), *_known(frame, "columns", *columns)]
+    done = usable(frame).dropna(subset=_known(frame, "value", value))
+    table = done.groupby(keys, dropna=False)[value].agg(mean="mean", sd="std", n="size").unstack(keys[len(rows) :])
     table = table.reorder_levels([*range(1, len(columns) + 1), 0], axis=1)
     return table.sort_index(axis=1, level=list(range(len(columns))), sort_remaining=False)
 
@@ -159,50 +140,37 @@ def latex(table: pd.DataFrame, *, caption: str = "", label: str = "", percent: b
 
     ``caption`` is LaTeX text; with ``percent`` values are multiplied by 100, which the caption should say.
     """
-    factor, groups = 100 if percent else 1, table.columns.droplevel(-1).unique()
-    names = [" / ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in groups]
-    cells = [[_cell(row, factor) for row in table[key][["mean", "sd", "n"]].to_numpy()] for key in groups]
-    text = pd.DataFrame(dict(zip(names, cells, strict=True)), index=table.index).reset_index()
-    style = text.style.hide(axis="index").format_index(escape="latex", axis=1)
+    cells = pd.DataFrame(index=table.index)
+    for key in table.columns.droplevel(-1).unique():
+        name = " / ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+        cells[name] = [_cell(*row, factor=100 if percent else 1) for row in table[key][["mean", "sd", "n"]].to_numpy()]
+    style = cells.reset_index().style.hide(axis="index").format_index(escape="latex", axis=1)
     style = style.format(str, escape="latex", subset=list(table.index.names))
-    form = "l" * table.index.nlevels + "r" * len(names)
-    options: dict[str, Any] = {"position_float": "centering", "hrules": True, "column_format": form}
-    return style.to_latex(caption=caption or None, label=label or None, **options)
+    options: dict[str, Any] = {"column_format": "l" * table.index.nlevels + "r" * cells.shape[1], "hrules": True}
+    return style.to_latex(caption=caption or None, label=label or None, position_float="centering", **options)
 
 
-def _cell(row: Any, factor: float) -> str:
-    mean, sd, n = row
-    if pd.isna(mean):
-        return "--"
+def _cell(mean: float, sd: float, n: float, *, factor: float) -> str:
     spread = "" if pd.isna(sd) else rf" $\pm$ {factor * sd:.1f}"
-    return f"{factor * mean:.1f}{spread} (n = {n:.0f})"
-
-
-# Runs with proxies beside their plain runs
+    return "--" if pd.isna(mean) else f"{factor * mean:.1f}{spread} (n = {n:.0f})"
 
 
 def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     """Each finished run with proxies beside the plain run of equal length that shares all else, the device included.
 
-    The plain run is the one that `Experiment.plain` of the run's own parameters names, found by its digest.
-
-    Returns:
-        A row per pair: ``run``, ``plain_run``, the proxy parameters, ``seed``, and of each accuracy the run's value,
-        the plain one's (``plain_...``) and the ``..._difference``.
+    The plain run is the one that `Experiment.plain` of the run's own parameters names, found by its digest. A row has
+    ``run``, ``plain_run``, the proxy parameters, ``seed``, and of each accuracy the run's value, the plain one's
+    (``plain_...``) and the ``..._difference``.
     """
-    done = usable(frame)
-    accuracies = list(_ACCURACIES[:3])
-    shared = ["digest", "split_digest", "device_name", *(f"used_{name}" for name in _RESOLVED)]
-    plain = done.loc[done["proxy_steps"] == 0, [*shared, "run", *accuracies]]
-    plain = plain.rename(columns={name: f"plain_{name}" for name in ("run", *accuracies)})
-    proxied = done[done["proxy_steps"] > 0]
-    proxied = proxied.assign(digest=[_plain_digest(row) for row in proxied.to_dict("records")])
-    merged = proxied.merge(plain, on=shared)
-    for name in accuracies:
-        merged[f"{name}_difference"] = merged[name] - merged[f"plain_{name}"]
+    done, accuracies = usable(frame), _ACCURACIES[:3]
+    shared = ["digest", "split_digest", "device_name", *_RESOLVED.values()]
+    plain, proxied = done[done["proxy_steps"] == 0], done[done["proxy_steps"] > 0]
+    plain = plain.set_index(shared)[["run", *accuracies]].add_prefix("plain_").reset_index()
+    merged = proxied.assign(digest=[_plain_digest(row) for row in proxied.to_dict("records")]).merge(plain, on=shared)
+    differences = {f"{name}_difference": merged[name] - merged[f"plain_{name}"] for name in accuracies}
     parameters = ["dataset", "model", "schedule", *(name for name in PARAMETERS if name in PROXY_PARAMETERS), "seed"]
     measured = [text.format(name) for name in accuracies for text in ("{}", "plain_{}", "{}_difference")]
-    return merged[["run", "plain_run", *parameters, *measured]]
+    return merged.assign(**differences)[["run", "plain_run", *parameters, *measured]]
 
 
 def _plain_digest(row: dict[str, Any]) -> str:
@@ -228,8 +196,7 @@ def pair_of(frame: pd.DataFrame, run_name: str | None = None, runs_dir: str = "r
 
 def runs_of(frame: pd.DataFrame, runs_dir: str = "runs") -> list[Run]:
     """The runs that a table of :func:`load` or :func:`pairs` names."""
-    names = list(frame["run"]) + (list(frame["plain_run"]) if "plain_run" in frame else [])
-    return [open_run(name, runs_dir) for name in dict.fromkeys(names)]
+    return [open_run(name, runs_dir) for name in dict.fromkeys([*frame["run"], *frame.get("plain_run", [])])]
 
 
 def open_run(name: str, runs_dir: str = "runs") -> Run:
@@ -243,20 +210,12 @@ def class_changes(plain: Run | None, other: Run) -> pd.DataFrame:
     Without a plain run its columns are NaN; runs that were tested on different images are refused.
     """
     measures = ["precision", "recall", "f1"]
-    before = plain.classes if plain else other.classes.assign(**dict.fromkeys(measures, float("nan")))
     if plain and plain.manifest["data_digest"] != other.manifest["data_digest"]:
         raise RunError(f"{plain.path.name} and {other.path.name} were tested on different data")
+    before = plain.classes if plain else other.classes.assign(**dict.fromkeys(measures, float("nan")))
     table = before.merge(other.classes.drop(columns="support"), on="class", suffixes=("_plain", "_proxy"))
-    for name in measures:
-        table[f"{name}_change"] = table[f"{name}_proxy"] - table[f"{name}_plain"]
+    table = table.assign(**{f"{name}_change": table[f"{name}_proxy"] - table[f"{name}_plain"] for name in measures})
     return table.sort_values("f1_change", ascending=False, kind="stable", ignore_index=True)
-
-
-# Arms, paired by seed
-COMPARED = ("test_accuracy", "balanced_accuracy", "reported_accuracy", "proxy_epochs")
-"""What is compared of arms. proxy_epochs is what the proxy steps cost, in epochs of the run's own training."""
-SHARED = ("split_digest", "data_digest", "device_name")
-"""What the runs of one seed have in common, or they are no pairs."""
 
 
 def runs_table(frame: pd.DataFrame, *, study: str = "", metrics: Sequence[str] = COMPARED) -> pd.DataFrame:
@@ -268,13 +227,11 @@ def runs_table(frame: pd.DataFrame, *, study: str = "", metrics: Sequence[str] =
             if group[name].nunique(dropna=False) > 1:
                 raise RunError(f"the runs of {key} are no pairs: {', '.join(group['arm'])} differ in {name}")
     done["proxy_epochs"] = done["proxy_seconds"] / (done["train_seconds"] / done["epochs"])
-    keys = [name for name in statistics.RUN_COLUMNS if name not in ("metric", "value")]
-    there = [name for name in metrics if name in done.columns]
+    keys, there = [*statistics.GROUP, "arm", "seed", "digest"], [name for name in metrics if name in done.columns]
     long = done.melt(id_vars=keys, value_vars=there, var_name="metric", value_name="value").dropna(subset="value")
-    order = {name: position for position, name in enumerate(dict.fromkeys(frame["arm"]))}
-    long = long.assign(at=long["arm"].map(order))
-    long = long.sort_values(["dataset", "model", "metric", "at", "seed"], kind="stable", ignore_index=True)
-    return long[list(statistics.RUN_COLUMNS)]
+    long = long.assign(arm=pd.Categorical(long["arm"], frame["arm"].unique()))
+    long = long.sort_values(["dataset", "model", "metric", "arm", "seed"], kind="stable", ignore_index=True)
+    return long.astype({"arm": str})[list(statistics.RUN_COLUMNS)]
 
 
 def compare(
@@ -282,16 +239,15 @@ def compare(
 ) -> pd.DataFrame:
     """The arms of a sweep, paired by seed, as `statistics.compare` does: differences, intervals, p-values, verdicts.
 
-    >>> results.compare(sweep.run("my_arms.yaml"), reference="plain", declared=["proxies - plain"])  # doctest: +SKIP
-
     Args:
-        frame: of `sweep.run`, or of :func:`load` with a column ``arm``; only finished runs of this code count. Arms
-            that a grid splits up need names of their own: ``frame.assign(arm=frame["arm"] + frame["fill"])``.
+        frame: of `sweep.run`, or of :func:`load` with a column ``arm``: finished runs of this code count. Arms that a
+            grid splits up need names of their own: ``frame.assign(arm=frame["arm"] + frame["fill"])``.
         declared: contrasts, such as ``"proxies - plain"``, that were fixed before the first run.
-        metrics: numbers of summary.json, and proxy_epochs; declared contrasts are tested in test_accuracy alone.
+        metrics: numbers of summary.json, and proxy_epochs (what the proxy steps cost, in epochs of the run's own
+            training); declared contrasts are tested in test_accuracy alone.
     """
-    contrasts = [Contrast.parse(c) if isinstance(c, str) else c for c in declared]
-    return statistics.compare(runs_table(frame, metrics=metrics), reference=reference, declared=contrasts)
+    declared = [Contrast.parse(c) if isinstance(c, str) else c for c in declared]
+    return statistics.compare(runs_table(frame, metrics=metrics), reference=reference, declared=declared)
 
 
 def command(notebook: str, **parameters: Any) -> str:

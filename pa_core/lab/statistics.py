@@ -7,8 +7,9 @@ here looks at the differences within pairs. Accuracies are fractions in [0, 1]; 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,55 +18,41 @@ from statsmodels.stats.multitest import multipletests
 
 from pa_core.errors import ParameterError, did_you_mean
 
-MIN_PAIRS_FOR_P_VALUE = 10
-"""With 5 pairs the smallest possible p-value is 0.06."""
-MAX_PAIRS_FOR_P_VALUE = 24
-"""2^24 sums take 128 MB."""
-MIN_PAIRS_FOR_VERDICT = 5
-"""Two differences that happen to agree have an interval of no width."""
-MARGIN = 0.005
-"""Differences within this are too small to matter here."""
+MIN_PAIRS_FOR_P_VALUE = 10  # with 5 pairs the smallest possible p-value is 0.06
+MAX_PAIRS_FOR_P_VALUE = 24  # 2^24 sums take 128 MB
+MIN_PAIRS_FOR_VERDICT = 5  # two differences that happen to agree have an interval of no width
+MARGIN = 0.005  # differences within this are too small to matter here
 WITHIN_MARGIN = f"within {100 * MARGIN:g} points"
 ALPHA = 0.05
-TOO_FEW = "too few pairs"
-
 GROUP = ["study", "dataset", "model"]
 RUN_COLUMNS = (*GROUP, "arm", "seed", "metric", "value", "digest")
-COLUMNS = (
-    *(*GROUP, "arm", "metric", "n", "mean", "sd", "difference", "low", "high", "p_value"),
-    *("against", "declared", "p_holm", "p_superior", "verdict"),
-)
-
-
-# Of one list of paired differences
+COLUMNS = [*GROUP, "arm", "metric", "n", "mean", "sd", "difference", "low", "high", "p_value"]
+COLUMNS += ["against", "declared", "p_holm", "p_superior", "verdict"]
+COMPONENTS = ("leak", "baseline gap", "extra data", "masking", "total")
 
 
 def interval(differences: Sequence[float] | np.ndarray, *, level: float = 0.95) -> tuple[float, float, float]:
     """Mean of the differences and its two-sided paired t interval: (mean, low, high); NaN below 2 pairs."""
     d = np.asarray(differences, dtype=float)
-    if len(d) < 2:
-        return (float(d.mean()) if len(d) else np.nan), np.nan, np.nan
-    mean, half = d.mean(), stats.t.ppf((1 + level) / 2, len(d) - 1) * stats.sem(d)
-    return float(mean), float(mean - half), float(mean + half)
+    mean = float(d.mean()) if len(d) else np.nan
+    half = float(stats.t.ppf((1 + level) / 2, len(d) - 1) * stats.sem(d)) if len(d) > 1 else np.nan
+    return mean, mean - half, mean + half
 
 
 def sign_flip(differences: Sequence[float] | np.ndarray) -> float:
     """Exact two-sided p-value of the hypothesis that each difference could as well have had the other sign.
 
     The share of all 2^n choices of signs whose sum is at least as far from 0 as the observed one (Fisher's test for
-    pairs; Edgington & Onghena, Randomization Tests, 2007), at least 2^(1 - n). NaN below MIN_PAIRS_FOR_P_VALUE pairs.
-
-    Raises:
-        ValueError: there are more than MAX_PAIRS_FOR_P_VALUE pairs.
+    pairs; Edgington & Onghena, Randomization Tests, 2007), at least 2^(1 - n). NaN below MIN_PAIRS_FOR_P_VALUE pairs,
+    and a ParameterError above MAX_PAIRS_FOR_P_VALUE. (SciPy's permutation_test takes seconds for 20 pairs.)
     """
     d = np.asarray(differences, dtype=float)
     if len(d) < MIN_PAIRS_FOR_P_VALUE:
         return np.nan
     if len(d) > MAX_PAIRS_FOR_P_VALUE:
-        raise ValueError(f"all signs of {len(d)} pairs are too many to try; {MAX_PAIRS_FOR_P_VALUE} pairs are the most")
-    sums = d[:1]  # the first sign stays as it is: with all signs turned, a sum is as far from 0
-    for each in d[1:]:
-        sums = np.concatenate([sums + each, sums - each])
+        raise ParameterError("seeds", len(d), f"must be at most {MAX_PAIRS_FOR_P_VALUE}: all signs are tried")
+    # the first sign stays as it is: with all signs turned, a sum is as far from 0
+    sums = reduce(lambda sums, each: np.concatenate([sums + each, sums - each]), d[1:], d[:1])
     tolerance = 1e-9 * np.abs(d).sum()  # sums that are equal on paper differ in their last digits
     return float(np.mean(np.abs(sums) >= abs(d.sum()) - tolerance))
 
@@ -79,9 +66,7 @@ def superiority(differences: Sequence[float] | np.ndarray) -> float:
 def holm(p_values: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
     """p-values of a family, adjusted by Holm's method (1979). One that is missing counts as 1 and stays missing."""
     p = np.asarray(p_values, dtype=float)
-    if len(p) == 0:
-        return p
-    adjusted = multipletests(np.nan_to_num(p, nan=1.0), method="holm")[1]
+    adjusted = multipletests(np.nan_to_num(p, nan=1.0), method="holm")[1] if len(p) else p
     return np.where(np.isnan(p), np.nan, adjusted)
 
 
@@ -92,20 +77,14 @@ def verdict(low: float, high: float, *, p: float, n: int = MIN_PAIRS_FOR_VERDICT
     it excludes 0 and ``p`` is at most ALPHA.
     """
     if np.isnan(low) or np.isnan(high) or n < MIN_PAIRS_FOR_VERDICT:
-        return TOO_FEW
-    small = max(-low, high) <= MARGIN
-    if low <= 0 <= high:
-        return WITHIN_MARGIN if small else "undecided"
-    if not p <= ALPHA:
-        return "undecided"
+        return "too few pairs"
+    small, includes_zero = max(-low, high) <= MARGIN, low <= 0 <= high
+    if includes_zero or not p <= ALPHA:
+        return WITHIN_MARGIN if small and includes_zero else "undecided"
     return ("higher" if low > 0 else "lower") + (f", {WITHIN_MARGIN}" if small else "")
 
 
-# Of a study
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contrast:
+class Contrast(NamedTuple):
     """A difference between two arms: ``arm`` minus ``against``."""
 
     arm: str
@@ -117,19 +96,14 @@ class Contrast:
         arm, minus, against = (part.strip() for part in str(text).partition(" - "))
         if not (minus and arm and against and arm != against):
             raise ParameterError("contrasts", text, "must be the name of an arm, ' - ', and the name of another")
-        return cls(arm=arm, against=against)
+        return cls(arm, against)
 
     def __str__(self) -> str:
         return f"{self.arm} - {self.against}"
 
 
 def compare(
-    runs: pd.DataFrame,
-    *,
-    reference: str,
-    declared: Iterable[Contrast] = (),
-    described: Iterable[Contrast] = (),
-    tested: str = "test_accuracy",
+    runs: pd.DataFrame, *, reference: str, declared: Iterable[Contrast] = (), described: Iterable[Contrast] = ()
 ) -> pd.DataFrame:
     """Every arm beside the reference, and the contrasts.
 
@@ -137,7 +111,7 @@ def compare(
         runs: a row per run and metric, with RUN_COLUMNS; see :func:`checked`.
         reference: the arm that all others are compared with.
         declared: contrasts that were fixed before the first run. They alone have a ``p_value``, a ``p_holm``, adjusted
-            over all of them in all datasets and models, and a ``verdict``, all for the metric ``tested``.
+            over all of them in all datasets and models, and a ``verdict``, all for the test accuracy.
         described: further contrasts.
 
     Returns:
@@ -148,60 +122,44 @@ def compare(
     Raises:
         ParameterError: an arm has no run, or a declared contrast more pairs than an exact test can take.
     """
-    contrasts = dict.fromkeys([*declared, *described])
-    declared = set(declared)
-    _check_arms([reference, *(name for c in contrasts for name in (c.arm, c.against))], list(checked(runs)["arm"]))
-    rows = []
-    for key, group in runs.groupby([*GROUP, "metric"], sort=False):
-        values = {arm: rows.set_index("seed")["value"] for arm, rows in group.groupby("arm", sort=False)}
-        common = dict(zip([*GROUP, "metric"], key, strict=True))
-        others = [Contrast(arm=arm, against=reference) for arm in values if arm != reference]
-        if reference in values:
-            rows.append(common | {"arm": reference, "declared": False} | _spread(values[reference]))
-        for c in dict.fromkeys([*(c for c in contrasts if {c.arm, c.against} <= values.keys()), *others]):
-            test = c in declared and common["metric"] == tested
-            pair = values[c.arm], values.get(c.against, values[c.arm][:0])
-            rows.append(common | {"arm": c.arm, "against": c.against, "declared": test} | _paired(*pair, test=test))
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    family = table["declared"].astype(bool)
-    table["p_holm"] = pd.Series(holm(table["p_value"][family]), index=table.index[family])
-    said = [verdict(row.low, row.high, p=row.p_holm, n=row.n) for row in table[family].itertuples()]
-    return table.assign(verdict=pd.Series(said, index=table.index[family], dtype=object))
-
-
-def _check_arms(asked: Sequence[str], known: Sequence[str]) -> None:
-    known = list(dict.fromkeys(known))
-    for name in asked:
+    declared, known = list(declared), list(checked(runs)["arm"].unique())
+    contrasts = [*declared, *described]
+    for name in (reference, *chain.from_iterable(contrasts)):
         if name not in known:
             raise ParameterError("arm", name, f"must be one of {', '.join(known)}{did_you_mean(name, known)}")
+    rows = []
+    for key, group in runs.groupby([*GROUP, "metric"], sort=False):
+        common, arms = dict(zip([*GROUP, "metric"], key, strict=True)), group["arm"].unique()
+        values = group.pivot(index="seed", columns="arm", values="value")
+        if reference in arms:
+            rows.append(common | {"arm": reference, "declared": False} | _measured(values[[reference]].dropna()))
+        asked = [c for c in contrasts if {*c} <= {*arms}]
+        for c in dict.fromkeys([*asked, *(Contrast(arm, reference) for arm in arms if arm != reference)]):
+            test = c in declared and common["metric"] == "test_accuracy"
+            pair = values.reindex(columns=c).dropna()
+            rows.append(common | c._asdict() | {"declared": test} | _measured(pair, test=test))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    family = table[table["declared"].astype(bool)].assign(p_holm=lambda rows: holm(rows["p_value"]))
+    said = [verdict(row.low, row.high, p=row.p_holm, n=row.n) for row in family.itertuples()]
+    return table.assign(p_holm=family["p_holm"], verdict=pd.Series(said, index=family.index, dtype=object))
 
 
-def _spread(values: pd.Series) -> dict[str, Any]:
-    return {"n": len(values), "mean": values.mean(), "sd": values.std(ddof=1)}
-
-
-def _paired(arm: pd.Series, against: pd.Series, *, test: bool) -> dict[str, Any]:
-    both = arm.index.intersection(against.index)
-    if test and len(both) > MAX_PAIRS_FOR_P_VALUE:
-        allowed = f"must be at most {MAX_PAIRS_FOR_P_VALUE} for a declared contrast: all signs are tried"
-        raise ParameterError("seeds", len(both), allowed)
-    row = _spread(arm[both])
-    if len(both) == 0:
+def _measured(values: pd.DataFrame, *, test: bool = False) -> dict[str, Any]:
+    """Of the values of an arm, a row per seed, and in a second column those of the arm it is compared with."""
+    first = values.iloc[:, 0]
+    row: dict[str, Any] = {"n": len(first), "mean": first.mean(), "sd": first.std(ddof=1)}
+    if values.shape[1] == 1:
         return row
-    d = (arm[both] - against[both]).to_numpy()
+    d = (first - values.iloc[:, 1]).to_numpy()
     row |= dict(zip(("difference", "low", "high"), interval(d), strict=True)) | {"p_superior": superiority(d)}
     return row | ({"p_value": sign_flip(d)} if test else {})
 
 
 def checked(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs behind a study, each once.
-
-    Raises:
-        ParameterError: a column or a value is missing, or an arm has a seed twice.
-    """
-    gone = [name for name in RUN_COLUMNS if name not in runs.columns]
-    if gone:
-        raise ParameterError("runs", list(runs.columns), f"must have a column {gone[0]}")
+    """The runs behind a study; a ParameterError where a column or a value is missing, or an arm has a seed twice."""
+    for name in RUN_COLUMNS:
+        if name not in runs.columns:
+            raise ParameterError("runs", list(runs.columns), f"must have a column {name}")
     twice = runs.duplicated([*GROUP, "arm", "seed", "metric"])
     for bad, allowed in ((runs["value"].isna(), "must not be missing"), (twice, "must not be there twice")):
         for row in runs[bad].head(1).itertuples():
@@ -209,14 +167,10 @@ def checked(runs: pd.DataFrame) -> pd.DataFrame:
     return runs
 
 
-COMPONENTS: tuple[str, ...] = ("leak", "baseline gap", "extra data", "masking", "total")
-
-
 def decompose(runs: pd.DataFrame, parts: Sequence[Mapping[str, str]]) -> pd.DataFrame:
     """What a reported accuracy consists of, beyond the honest one, per seed and exactly.
 
-    - baseline gap: reported - test accuracy of the single stage, where nothing can leak: its validation images are
-      easier or harder than the test images, and no more.
+    - baseline gap: reported - test accuracy of the single stage, where nothing leaks: other images are not as easy.
     - leak: reported - test accuracy of the run itself, minus the baseline gap (a difference in differences). Its
       validation images were trained on in earlier stages, the test images never.
     - extra data: test accuracy of the same schedule without masking - that of the single stage. Each stage draws other
@@ -227,31 +181,27 @@ def decompose(runs: pd.DataFrame, parts: Sequence[Mapping[str, str]]) -> pd.Data
 
     Args:
         runs: with RUN_COLUMNS and the metrics reported_accuracy and test_accuracy.
-        parts: names of arms: ``arm``, ``unmasked`` (the same schedule without masking; the arm itself where it has
-            none) and ``honest`` (the single stage).
+        parts: the names of ``arm``, ``unmasked`` (its schedule without masking, or itself) and ``honest`` each.
 
     Returns:
-        A row per dataset, model, part and component: study, dataset, model, arm, unmasked, honest, component, n (seeds
-        that all three have), mean, low, high (95 % t interval).
+        A row per dataset, model, part and component, with n (seeds that all three have), mean, and 95 % t interval.
     """
-    rows = []
+    rows, names = [], ("arm", "unmasked", "honest")
     for key, group in checked(runs).groupby(GROUP, sort=False):
         value = group.pivot(index="seed", columns=["metric", "arm"], values="value")
         for part in parts:
-            common = dict(zip(GROUP, key, strict=True)) | {k: part[k] for k in ("arm", "unmasked", "honest")}
             for name, d in _components(value, **part).items():
-                mean, low, high = interval(d.to_numpy())
-                rows.append(common | {"component": name, "n": len(d), "mean": mean, "low": low, "high": high})
-    return pd.DataFrame(rows, columns=[*GROUP, "arm", "unmasked", "honest", "component", "n", "mean", "low", "high"])
+                rows.append([*key, *(part[k] for k in names), name, len(d), *interval(d.to_numpy())])
+    return pd.DataFrame(rows, columns=[*GROUP, *names, "component", "n", "mean", "low", "high"])
 
 
 def _components(value: pd.DataFrame, *, arm: str, unmasked: str, honest: str) -> dict[str, pd.Series]:
     """Each component per seed, of the seeds that all three arms have."""
-    needed = [("reported_accuracy", name) for name in (arm, honest)]
+    needed = [("reported_accuracy", arm), ("reported_accuracy", honest)]
     needed += [("test_accuracy", name) for name in (arm, unmasked, honest)]
-    gone = [f"{metric} of {name}" for metric, name in needed if (metric, name) not in value.columns]
-    if gone:
-        raise ParameterError("decomposition", arm, f"must have runs of all its arms; there is no {gone[0]}")
+    for metric, name in needed:
+        if (metric, name) not in value.columns:
+            raise ParameterError("decomposition", arm, f"must have all its runs; there is no {metric} of {name}")
     v = value[list(dict.fromkeys(needed))].dropna()
     reported, test = v["reported_accuracy"], v["test_accuracy"]
     baseline = reported[honest] - test[honest]
