@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_starts_over(half, undisturbed
 
 def test_a_whole_checkpoint_is_continued(half, undisturbed):
     state = load_checkpoint(half)
-    assert (state["state"]["epoch"], len(state["records"]), [row["epoch"] for row in state["metrics"]]) == (1, 1, [1])
+    assert (state["state"]["epoch"], len(state["records"]), [row["epoch"] for row in state["rows"]]) == (1, 1, [1])
     _, lines = train(half.parent)
     assert lines[0].startswith("continuing") and lines[0].endswith("after epoch 1")
     same(half, undisturbed)
