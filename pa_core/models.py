@@ -1,14 +1,13 @@
 """A timm name -> a classifier with its preprocessing, its CAM layer and that layer's layout; its weights; pruning.
 
-A class activation map needs the activations ``A`` of one layer and the logits as a function of ``A``. timm's own
-split ``forward_head(forward_features(x))`` gives both for convolutional networks and for Swin. In a vision
-transformer that reads its class token, the patch tokens after the last block have no gradient, so there ``A`` is
-the output of the last block's first norm, as is usual (Gildenblat, pytorch-grad-cam). No model is known by name here.
+A class activation map needs the activations ``A`` of one layer and the logits as a function of ``A``. timm's own split
+``forward_head(forward_features(x))`` gives both for convolutional networks and for Swin. In a vision transformer that
+reads its class token, the patch tokens after the last block have no gradient, so there ``A`` is the output of the last
+block's first norm, as is usual (Gildenblat, pytorch-grad-cam). No model is known by name here.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from timm.layers.helpers import to_2tuple
 from timm.models import load_state_dict, register_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import prune as torch_prune
+from torch.nn.utils import parametrize
 
 from pa_core.errors import ParameterError, did_you_mean
 
@@ -87,11 +86,11 @@ class Classifier(nn.Module):
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that timm does not know, before anything is loaded."""
+    """Refuse a name that timm does not know (ParameterError), before anything is loaded."""
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        known = timm.list_models()
-        raise ParameterError("model", name, f"must be a name of timm.list_models(){did_you_mean(base, known)}")
+        near = did_you_mean(base, timm.list_models())
+        raise ParameterError("model", name, f"must be a name of timm.list_models(){near}")
     known = timm.list_pretrained(f"{base}.*")
     if tag and name not in known:
         allowed = f"must be {base} or one of its tags: {', '.join(known) or 'none'}{did_you_mean(name, known)}"
@@ -109,21 +108,20 @@ def create(
 ) -> Classifier:
     """Build a classifier in float32 on the CPU, in eval mode; the global RNG is left as found.
 
-    Args:
-        name: any timm name.
-        classes: size of the head; image_size: S of the images [N, 3, S, S]; seed: of the initialisation.
-        pretrained: timm's own weights (True), or a file: .safetensors, or .pth/.pt loaded without executing
-            pickled code. A head of another number of classes is replaced by a fresh one.
-        cam_layer: dotted name of a module instead of the model's own CAM layer.
-
-    Raises:
-        ParameterError: an unknown name or CAM layer; weights or an image size that do not suit the network.
+    Any timm name; images are [N, 3, image_size, image_size]; ``seed`` is that of the initialisation. ``pretrained``
+    loads timm's own weights (True) or a file (.safetensors, or .pth/.pt without executing pickled code); a head of
+    another number of classes is replaced by a fresh one. ``cam_layer`` names a module instead of the model's own layer.
+    ParameterError: an unknown name or CAM layer; weights or an image size that do not suit the network.
     """
     check_name(name)
-    with torch.random.fork_rng(devices=[]):
+
+    def build(**options: Any) -> Network:
         torch.manual_seed(seed)
+        return timm.create_model(name, pretrained=pretrained is True, num_classes=classes, **options).eval()
+
+    with torch.random.fork_rng(devices=[]):
         try:
-            network = timm.create_model(name, pretrained=pretrained is True, num_classes=classes).eval()
+            network = build()
         except (OSError, RuntimeError) as error:  # no connection; or a model for which timm has no weights
             if pretrained is not True:
                 raise
@@ -133,14 +131,11 @@ def create(
         try:
             changes, cam = _fit(network, name, image_size)
         except ParameterError as refusal:
-            torch.manual_seed(seed)
             try:  # CaiT, ConViT, XCiT and mixers take the size when they are built, and not later
-                network = timm.create_model(
-                    name, pretrained=pretrained is True, num_classes=classes, img_size=image_size
-                )
+                network = build(img_size=image_size)
             except Exception:  # most have no such argument
                 raise refusal from None
-            changes, cam = _fit(network.eval(), name, image_size)
+            changes, cam = _fit(network, name, image_size)
         if isinstance(pretrained, str):
             load_weights(network, Path(pretrained).expanduser())
         if cam_layer is not None:
@@ -156,16 +151,14 @@ def _reason(error: Exception) -> str:
 def load_weights(network: Network, path: Path) -> None:
     """Load a state dict from a file into a timm network; a head that does not fit keeps its fresh weights.
 
-    Raises:
-        ParameterError: the file is no state dict, holds pickled code, or belongs to another network.
+    ParameterError: the file is no state dict, holds pickled code, or belongs to another network.
     """
     try:
         state = load_state_dict(str(path), device="cpu", weights_only=True)
     except Exception as error:  # every reader has exceptions of its own for a damaged or unsafe file
         allowed = f"must be true, false or a file of weights that can be read ({_reason(error)})"
         raise ParameterError("pretrained", str(path), allowed) from error
-    state = {key.removeprefix("network."): value for key, value in state.items()}
-    own = network.state_dict()
+    state, own = {key.removeprefix("network."): value for key, value in state.items()}, network.state_dict()
     if any(key in own and value.shape != own[key].shape for key, value in state.items()):
         # timm's own conversion, which resamples position embeddings; its modules share this name for it
         convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
@@ -186,17 +179,16 @@ def load_weights(network: Network, path: Path) -> None:
 def _heads(network: Network) -> dict[nn.Module, str]:
     """The final classifier(s) with their dotted names; a distilled transformer has two."""
     heads = network.get_classifier()
-    heads = list(heads) if isinstance(heads, (list, tuple)) else [heads]
-    return {module: name for name, module in network.named_modules() if any(module is head for head in heads)}
+    heads = set(heads if isinstance(heads, (list, tuple)) else [heads])
+    return {module: name for name, module in network.named_modules() if module in heads}
 
 
 def find_cam(network: Network, image_size: int, *, min_grid: int = 1) -> Cam:
-    """The network's own CAM layer, found by what the network gives at this size.
+    """The network's own CAM layer: the first with a grid of ``min_grid`` or more on which the logits depend.
 
     Candidates in this order: the output of ``forward_features`` if it is a map; the last block's norms, the first of
-    them first; that output if it is tokens; the feature levels, the last first. The first one is taken that has a grid
-    of ``min_grid`` or more and on which the logits depend.
-    ValueError if there is none, and whatever the network raises at a size that it cannot take.
+    them first; that output if it is tokens; the feature levels, the last first. ValueError if there is none, and
+    whatever the network raises at a size that it cannot take.
     """
     names = dict(network.named_modules())
     levels = [info["module"] for info in getattr(network, "feature_info", None) or [] if "module" in info]
@@ -344,65 +336,62 @@ def _unstride(network: Network, name: str) -> str:
     return f"stride of {name} {before} -> 1"
 
 
+class _Pruned(nn.Module):
+    """Parametrization of a weight of which some entries are 0 whatever the optimizer does."""
+
+    mask: Tensor
+
+    def __init__(self, weight: Any):
+        super().__init__()
+        self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+MASK, ORIGINAL = "parametrizations.weight.0.mask", "parametrizations.weight.original"  # of a layer, in a state dict
+
+
 def prune(network: nn.Module, share: float) -> None:
     """Prune this share, in (0, 1], of the weights that are left, those of least magnitude over all layers; in place.
 
     Counted are the weights of all convolutions and linear layers; biases and norms are untouched (Han et al. 2015).
-    A layer keeps ``weight_orig``, the Parameter that an optimizer knows, and ``weight_mask``, 1 where a weight is left;
-    it has a ``weight`` only while it is called.
+    Parameters stay the objects that an optimizer knows.
     """
     layers = [_masked(module) for module in network.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))]
-    left = torch.cat([layer.weight_mask.flatten() for layer in layers]).cpu()
-    magnitude = torch.cat([layer.weight_orig.detach().abs().flatten() for layer in layers]).cpu()
-    magnitude[left == 0] = math.inf
-    count = round(share * int(left.count_nonzero()))
-    left[np.argpartition(magnitude.numpy(), count - 1)[:count]] = 0  # many times faster than topk, and deterministic
-    for layer, mask in zip(layers, left.split([layer.weight_mask.numel() for layer in layers]), strict=True):
-        layer.weight_mask.copy_(mask.view(layer.weight_mask.shape))
+    left = torch.cat([weight.detach()[mask].abs() for weight, mask in layers]).cpu().numpy()
+    last = max(round(share * left.size), 1) - 1
+    limit = float(np.partition(left, last)[last])
+    for weight, mask in layers:
+        mask &= weight.detach().abs() > limit
 
 
-def _masked(layer: Any) -> Any:
-    """The layer, with a mask of ones if it had none."""
-    if not hasattr(layer, "weight_mask"):
-        bias = layer.bias
-        torch_prune.identity(layer, "weight")
-        del layer.bias  # to stand behind the weight again: optimizers store their state by position
-        layer.register_parameter("bias", bias)
-        # between calls the masked weight would be stale, and as part of a graph it would forbid copy.deepcopy
-        del layer.weight
-        layer.register_forward_hook(lambda called, *_: delattr(called, "weight"))
-    return layer
-
-
-def check_prunable(model: Classifier) -> None:
-    """Refuse a network that reads the weight of a layer without calling the layer (BEiT): a mask has no hold there."""
-    prune(trial := copy.deepcopy(model), 0.5)
-    try:
-        trial(torch.zeros(1, 3, model.image_size, model.image_size, device=model.mean.device))
-    except AttributeError as error:
-        allowed = "must be a network that calls its layers where the schedule prunes, and this one reads their weights"
-        raise ParameterError("model", model.name, allowed) from error
+def _masked(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """(The layer's own weight; its mask, of ones if it had none), both to be changed in place."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        parametrize.register_parametrization(layer, "weight", _Pruned(layer.weight), unsafe=True)
+    return layer.get_parameter(ORIGINAL), layer.get_buffer(MASK)
 
 
 def sparsity(network: nn.Module) -> float:
     """Pruned share of the weights that `prune` counts, in [0, 1]."""
-    masks = [value for key, value in network.state_dict().items() if key.endswith("weight_mask")]
-    return sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks) if masks else 0.0
+    masks = [value for key, value in network.state_dict().items() if key.endswith(MASK)]
+    return sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks) if masks else 0.0
 
 
 def plain_state(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict as before pruning: ``weight``, with zeros, for ``weight_orig`` and ``weight_mask``."""
+    """The state dict as before pruning: ``weight``, with zeros, for what pruning keeps of a layer."""
     state = dict(network.state_dict())
-    for name in [key.removesuffix("_mask") for key in state if key.endswith("weight_mask")]:
-        state[name] = state.pop(f"{name}_mask") * state.pop(f"{name}_orig")
+    for layer in [key.removesuffix(MASK) for key in state if key.endswith(MASK)]:
+        state[f"{layer}weight"] = state.pop(layer + MASK) * state.pop(layer + ORIGINAL)
     return state
 
 
 def restore_pruning(network: nn.Module, state: dict[str, Any]) -> None:
     """Make the network ready for ``load_state_dict(state)`` where the state is that of a pruned network."""
-    for name, layer in network.named_modules():
-        if f"{name}.weight_mask" in state:
-            _masked(layer)
+    for key in state:
+        if key.endswith(MASK):
+            _masked(network.get_submodule(key.removesuffix(f".{MASK}")))
 
 
 class ResNet9(nn.Module):
@@ -411,13 +400,15 @@ class ResNet9(nn.Module):
     As in airbench (Jordan 2024) a stage pools before it normalises: norm and activation see a quarter of the pixels.
     """
 
-    def __init__(self, num_classes: int = 1000, in_chans: int = 3):
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
+    pretrained_cfg = {"mean": mean, "std": std, "input_size": (3, 32, 32)}
+
+    def __init__(self, classes: int):
         super().__init__()
-        first = [_conv(in_chans, 64), _conv(64, 128, pool=True), _Residual(_conv(128, 128), _conv(128, 128))]
-        last = [_conv(128, 256, pool=True), _conv(256, 512, pool=True), _Residual(_conv(512, 512), _conv(512, 512))]
-        self.features, self.fc = nn.Sequential(*first, *last), nn.Linear(512, num_classes)
-        mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
-        self.pretrained_cfg = {"mean": mean, "std": std, "input_size": (3, 32, 32)}
+        first = [_conv(3, 64), _conv(64, 128, nn.MaxPool2d(2)), _Residual(_conv(128, 128), _conv(128, 128))]
+        middle = [_conv(128, 256, nn.MaxPool2d(2)), _conv(256, 512, nn.MaxPool2d(2))]
+        self.features = nn.Sequential(*first, *middle, _Residual(_conv(512, 512), _conv(512, 512)))
+        self.fc = nn.Linear(512, classes)
 
     def get_classifier(self) -> nn.Module:
         return self.fc
@@ -437,14 +428,14 @@ class _Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def _conv(inputs: int, outputs: int, *, pool: bool = False) -> nn.Sequential:
-    convolution = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), *([nn.MaxPool2d(2)] if pool else [])]
-    return nn.Sequential(*convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+def _conv(inputs: int, outputs: int, *pool: nn.Module) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, *pool, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 @register_model
-def resnet9(pretrained: bool = False, *, num_classes: int = 1000, in_chans: int = 3, **_: Any) -> ResNet9:
+def resnet9(pretrained: bool = False, *, num_classes: int = 1000, **_: Any) -> ResNet9:
     """``resnet9`` among timm's names. There are no weights for it."""
     if pretrained:
         raise RuntimeError("there are no weights for resnet9")
-    return ResNet9(num_classes, in_chans)
+    return ResNet9(num_classes)

@@ -16,25 +16,15 @@ from pa_core.models import Classifier
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table.
+    """A row of the table. The first paragraph of the docstring of ``compute`` stands in docs/methods.md."""
 
-    Attributes:
-        compute: where ``grid``, (A, g) -> evidence per channel and place [N, C, h, w]; otherwise Request -> raw
-            map [N, S, S]. The first paragraph of its docstring stands in docs/methods.md.
-        cost: passes per image.
-        grid: a class activation map that needs no more than the scoring pass has computed.
-        component: the evidence's first principal component is taken instead of its sum.
-        control: it does not look at the network.
-        refuse: why it cannot explain a model, or None where it can; without it, it can explain every model.
-    """
-
-    compute: Callable[..., Tensor]
-    cost: str = "none"
+    compute: Callable[..., Tensor]  # Request -> raw map [N, S, S]; where ``grid``, (A, g) -> evidence [N, C, h, w]
+    cost: str = "none"  # passes per image
     _: KW_ONLY
-    grid: bool = False
-    component: bool = False
-    control: bool = False
-    refuse: Callable[[Classifier], str | None] | None = None
+    grid: bool = False  # a class activation map that needs no more than the scoring pass has computed
+    component: bool = False  # the evidence's first principal component is taken instead of its sum
+    control: bool = False  # it does not look at the network
+    refuse: Callable[[Classifier], str | None] = lambda model: None  # why it cannot explain a model; None where it can
 
 
 _CAM = "1 forward, backward to the CAM layer"
@@ -69,8 +59,7 @@ METHODS: dict[str, Method] = {
     "rectangle": Method(controls.rectangle, control=True),
     "edges": Method(controls.edges, control=True),
     "uniform": Method(controls.uniform, control=True),
-}
-"""All methods, by the name that the parameter ``xai`` takes."""
+}  # by the name that the parameter ``xai`` takes
 
 ALIASES = {"gradcamplusplus": "gradcam++", "gradcampp": "gradcam++"}
 
@@ -84,34 +73,23 @@ def resolve(name: str) -> str:
     return name
 
 
-def refusal(method: str, model: Classifier) -> str | None:
-    """Why a method cannot explain a model, or None where it can. The model is left as found."""
-    refuse = METHODS[resolve(method)].refuse
-    return None if refuse is None else refuse(model)
-
-
 def supported_methods(model: Classifier) -> list[str]:
     """The methods that can explain a model, controls aside."""
-    reasons = {refuse: refuse(model) for refuse in {row.refuse for row in METHODS.values()} if refuse is not None}
-    return [name for name, row in METHODS.items() if not row.control and reasons.get(row.refuse) is None]
+    reasons = {refuse: refuse(model) for refuse in {row.refuse for row in METHODS.values()}}
+    return [name for name, row in METHODS.items() if not row.control and reasons[row.refuse] is None]
 
 
 def check(method: str, *, smooth: str = "none", model: Classifier | None = None) -> None:
     """Refuse a method that does not exist, that cannot be smoothed in this way, or that cannot explain this model.
 
-    Args:
-        model: left as found; without it only what holds for every model is checked.
-
-    Raises:
-        ParameterError: naming what would work.
+    The model is left as found; without it only what holds for every model is checked. ParameterError names what works.
     """
     row = METHODS[resolve(method)]
     if params.check("smooth", smooth) == "eigen" and not row.grid:
         grids = ", ".join(name for name, other in METHODS.items() if other.grid)
         allowed = f"must be none, gaussian or flip with xai={method}; eigen takes the channels of a CAM: {grids}"
         raise ParameterError("smooth", smooth, allowed)
-    reason = None if model is None else refusal(method, model)
-    if model is not None and reason is not None:
+    if model is not None and (reason := row.refuse(model)) is not None:
         allowed = f"must be one of {', '.join(supported_methods(model))}, or a control, with {model.name}: {reason}"
         raise ParameterError("xai", method, allowed)
 
@@ -123,16 +101,16 @@ def fused(method: str, smooth: str) -> bool:
 
 def markdown() -> str:
     """docs/methods.md: a heading, a paragraph and the table, from the first paragraphs of the methods' docstrings."""
+    aliases = ", ".join(f"`{alias}` for `{name}`" for alias, name in ALIASES.items())
     about = (
         "# Explanation methods\n\nThe values of the parameter `xai`. `A` are the activations of the model's CAM layer, "
         "`g` the gradient of the explained logit by them; a CAM is the sum of the given evidence over the channels k, "
         "cut off at 0. A method that cannot explain a model is refused before any training, with a list of those that "
-        "can. Controls do not look at the network. "
-        f"Aliases: {', '.join(f'`{alias}` for `{name}`' for alias, name in ALIASES.items())}. "
+        f"can. Controls do not look at the network. Aliases: {aliases}. "
         "This page is written by `python -m pa_core.attribution`."
     )
-    rows = []
+    rows = [about, "", "| xai | what it is | passes per image |", "|---|---|---|"]
     for name, row in METHODS.items():
         text = " ".join((row.compute.__doc__ or "").split("\n\n")[0].split()).rstrip(".").replace("|", r"\|")
         rows.append(f"| {name} | {'control: ' * row.control}{text} | {row.cost} |".replace("``", "`"))
-    return "\n".join([about, "", "| xai | what it is | passes per image |", "|---|---|---|", *rows, ""])
+    return "\n".join([*rows, ""])
