@@ -50,10 +50,7 @@ class Cam:
 
 
 class Classifier(nn.Module):
-    """A timm network that owns its preprocessing: pixels in [0, 1] in, logits out.
-
-    ``changes`` says what was changed in the network to keep a CAM grid of at least 4 x 4, one text each.
-    """
+    """A timm network that owns its preprocessing: pixels in [0, 1] in, logits out."""
 
     mean: Tensor
     std: Tensor
@@ -62,8 +59,8 @@ class Classifier(nn.Module):
         self, network: Network, *, name: str, classes: int, image_size: int, cam: Cam, changes: tuple[str, ...]
     ):
         super().__init__()
-        self.network, self.name, self.classes, self.image_size = network, name, classes, image_size
-        self.cam, self.changes = cam, changes
+        self.network, self.name, self.classes, self.image_size, self.cam = network, name, classes, image_size, cam
+        self.changes = changes  # what was changed in the network to keep a CAM grid of at least 4 x 4, one text each
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1), persistent=False)
 
@@ -88,13 +85,12 @@ class Classifier(nn.Module):
 def check_name(name: str) -> None:
     """Refuse a name that timm does not know (ParameterError), before anything is loaded."""
     base, _, tag = name.partition(".")
-    if not timm.is_model(base):
-        near = did_you_mean(base, timm.list_models())
-        raise ParameterError("model", name, f"must be a name of timm.list_models(){near}")
-    known = timm.list_pretrained(f"{base}.*")
-    if tag and name not in known:
-        allowed = f"must be {base} or one of its tags: {', '.join(known) or 'none'}{did_you_mean(name, known)}"
-        raise ParameterError("model", name, allowed)
+    allowed, known = "must be a name of timm.list_models()", timm.list_models()
+    if timm.is_model(base):
+        known = [base, *timm.list_pretrained(f"{base}.*")]
+        allowed = f"must be one of {', '.join(known)}"
+    if not timm.is_model(base) or (tag and name not in known):
+        raise ParameterError("model", name, f"{allowed}{did_you_mean(name, known)}")
 
 
 def create(
@@ -108,9 +104,9 @@ def create(
 ) -> Classifier:
     """Build a classifier in float32 on the CPU, in eval mode; the global RNG is left as found.
 
-    Any timm name; images are [N, 3, image_size, image_size]; ``seed`` is that of the initialisation. ``pretrained``
-    loads timm's own weights (True) or a file (.safetensors, or .pth/.pt without executing pickled code); a head of
-    another number of classes is replaced by a fresh one. ``cam_layer`` names a module instead of the model's own layer.
+    Any timm name; ``seed`` is that of the initialisation. ``pretrained`` loads timm's own weights (True) or a file
+    (.safetensors, or .pth/.pt without executing pickled code); a head of another number of classes stays fresh.
+    ``cam_layer`` names a module instead of the model's own CAM layer.
     ParameterError: an unknown name or CAM layer; weights or an image size that do not suit the network.
     """
     check_name(name)
@@ -167,12 +163,10 @@ def load_weights(network: Network, path: Path) -> None:
     heads = [{f"{name}.weight", f"{name}.bias"} for name in _heads(network).values()]
     dropped = set().union(*(head for head in heads if head & misfits))
     # num_batches_tracked has no part in what a network computes, and converted checkpoints leave it out
-    optional = {key for key in own if key.endswith("num_batches_tracked")}.union(*heads)
-    faults = {"do not fit": sorted(misfits - dropped), "are missing": sorted(own.keys() - state.keys() - optional)}
-    counts = [f"{len(keys)} entries {fault} (such as {keys[0]})" for fault, keys in faults.items() if keys]
-    if counts:
-        allowed = f"must hold weights of {type(network).__name__} as built here, but {' and '.join(counts)}"
-        raise ParameterError("pretrained", str(path), allowed)
+    missing = {key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")}.difference(*heads)
+    if wrong := sorted((misfits - dropped) | missing):
+        built = f"must hold weights of {type(network).__name__} as built here"
+        raise ParameterError("pretrained", str(path), f"{built}: {len(wrong)} do not fit or are missing, as {wrong[0]}")
     network.load_state_dict({key: value for key, value in state.items() if key not in dropped}, strict=False)
 
 
@@ -184,11 +178,10 @@ def _heads(network: Network) -> dict[nn.Module, str]:
 
 
 def find_cam(network: Network, image_size: int, *, min_grid: int = 1) -> Cam:
-    """The network's own CAM layer: the first with a grid of ``min_grid`` or more on which the logits depend.
+    """The first layer with a grid of ``min_grid`` or more on which the logits depend, ValueError if there is none.
 
-    Candidates in this order: the output of ``forward_features`` if it is a map; the last block's norms, the first of
-    them first; that output if it is tokens; the feature levels, the last first. ValueError if there is none, and
-    whatever the network raises at a size that it cannot take.
+    In this order: the output of ``forward_features`` if it is a map; the last block's norms, the first of them first;
+    that output if it is tokens; the feature levels, the last first. A network may raise anything at a wrong size.
     """
     names = dict(network.named_modules())
     levels = [info["module"] for info in getattr(network, "feature_info", None) or [] if "module" in info]
@@ -211,11 +204,10 @@ def _named_cam(network: Network, layer: str, image_size: int) -> Cam:
     names = [FEATURES, *(name for name, _ in network.named_modules() if name)]
     if layer not in names:
         raise ParameterError("cam_layer", layer, f"must be a module's dotted name{did_you_mean(layer, names)}")
-    cam = _cam(network, layer, image_size)
-    if cam is None or min(cam.grid) < MIN_GRID:
-        allowed = "must be a module that gives a map or patch tokens on which the logits depend"
-        raise ParameterError("cam_layer", layer, f"{allowed}, on a grid of {MIN_GRID}x{MIN_GRID} or more")
-    return cam
+    if (cam := _cam(network, layer, image_size)) is not None and min(cam.grid) >= MIN_GRID:
+        return cam
+    allowed = "must be a module that gives a map or patch tokens on which the logits depend, on a grid of 4x4 or more"
+    raise ParameterError("cam_layer", layer, allowed)
 
 
 def _cam(network: Network, layer: str, image_size: int) -> Cam | None:
@@ -226,7 +218,7 @@ def _cam(network: Network, layer: str, image_size: int) -> Cam | None:
             activations, outputs = _cut(network, layer, torch.rand(1, 3, image_size, image_size))
         except (AttributeError, IndexError):  # it gives no tensor, or is not called
             return None
-    cam, shape = None, list(activations.shape)
+    cam, shape = None, activations.shape
     channels_last = shape[1:2] == shape[-1:] and getattr(network, "output_fmt", "NCHW") == "NHWC"
     if len(shape) == 4 and shape[2] == shape[3] and not channels_last:
         cam = Cam(layer=layer, layout="NCHW", grid=(shape[2], shape[3]))
@@ -263,9 +255,8 @@ def _cut(network: Network, layer: str, inputs: Tensor) -> tuple[Tensor, Tensor]:
 def _fit(network: Network, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
     """Let the network take images of this size with a CAM grid of at least 4 x 4, by the least change that does.
 
-    In this order: none; a smaller patch (networks that can be resized, ViT and Swin); a stride of 1 in the last
-    reduction, then in the last two, and so on (all that comes before stays as it was); an earlier CAM layer. timm's
-    ``output_stride`` would dilate what follows, and knows neither VGG nor DenseNet.
+    In this order: none; a smaller patch (ViT and Swin); a stride of 1 in the last reduction, then in the last two, and
+    so on; an earlier CAM layer. timm's ``output_stride`` would dilate what follows, and knows neither VGG nor DenseNet.
     """
     reasons: list[str] = []
 
@@ -290,7 +281,7 @@ def _fit(network: Network, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
     elif cam := usable():
         return (), cam
     else:
-        for level in reversed(_reductions(network)):
+        for level in _reductions(network):
             changes += [_unstride(network, module) for module in level]
             if cam := usable():
                 return tuple(changes), cam
@@ -301,21 +292,21 @@ def _fit(network: Network, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
 
 
 def _reductions(network: Network) -> list[list[str]]:
-    """Names of strided modules in forward order, grouped by the resolution they reduce: a block's branches together."""
+    """Strided modules by the resolution they reduce, the lowest first: a block's branches together."""
     size = max(256, network.pretrained_cfg.get("input_size", (3, 256, 256))[-1])
     names = {module: n for n, module in network.named_modules() if _stride(module) > 1 and not any(module.children())}
-    levels: dict[int, dict[str, None]] = {}  # dict keys as ordered sets
+    seen: dict[str, int] = {}  # the resolution that each reduces
 
     def watch(module: nn.Module, inputs: Any, output: Any) -> None:
         if module in names and output.ndim == 4 and output.shape[-1] < inputs[0].shape[-1]:
-            levels.setdefault(inputs[0].shape[-1], {})[names[module]] = None
+            seen[names[module]] = inputs[0].shape[-1]
 
     try:
         with torch.no_grad(), register_module_forward_hook(watch):
             network.forward_features(torch.zeros(1, 3, size, size))
     except Exception:  # a network that takes one size only: `_fit` tells what it says to the size that is asked for
         return []
-    return [list(levels[resolution]) for resolution in sorted(levels, reverse=True)]
+    return [[name for name, reduced in seen.items() if reduced == level] for level in sorted(set(seen.values()))]
 
 
 def _stride(module: nn.Module) -> int:
@@ -355,8 +346,7 @@ MASK, ORIGINAL = "parametrizations.weight.0.mask", "parametrizations.weight.orig
 def prune(network: nn.Module, share: float) -> None:
     """Prune this share, in (0, 1], of the weights that are left, those of least magnitude over all layers; in place.
 
-    Counted are the weights of all convolutions and linear layers; biases and norms are untouched (Han et al. 2015).
-    Parameters stay the objects that an optimizer knows.
+    Counted are convolutions and linear layers, without biases (Han et al. 2015). An optimizer's parameters stay valid.
     """
     layers = [_masked(module) for module in network.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))]
     left = torch.cat([weight.detach()[mask].abs() for weight, mask in layers]).cpu().numpy()

@@ -173,8 +173,8 @@ def refuse_guided(model: Classifier, *, once: bool = False) -> str | None:
     """Why guided_backprop cannot explain a model: a nonlinearity that is no ``nn.ReLU`` module.
 
     Without these modules a network that the rule reaches is an affine function, where max pools and norms, whose
-    gradients are passed on as they are, count as linear: f(a + b) + f(0) = f(a) + f(b). ``once`` also refuses a module
-    that is used twice.
+    gradients are passed on as they are, count as linear: f(a + b) + f(0) = f(a) + f(b). ``once``: nor may a module be
+    used twice, since Captum keeps one gradient of deconvolution per module.
     """
     calls: Counter[nn.Module] = Counter()
 
@@ -197,18 +197,13 @@ def refuse_guided(model: Classifier, *, once: bool = False) -> str | None:
     return f"it changes the gradient of nn.ReLU modules only, and {model.name} has {what}"
 
 
-def refuse_deconvolution(model: Classifier) -> str | None:
-    """As for guided_backprop; nor may a module be used twice, since Captum keeps one gradient per module."""
-    return refuse_guided(model, once=True)
-
-
 def refuse_deeplift(model: Classifier) -> str | None:
     """Why deeplift cannot explain a model: what it gives does not add up to the logit less the black image's."""
     reason = f"its contributions do not add up to the logit of {model.name}: it has no rule for one of its operations"
     copied, images = _redrawn(model)
     target = torch.zeros(2, dtype=torch.long, device=images.device)
+    request = Request(model=copied, images=images, target=target, ids=["0", "1"], seed=0)
     try:
-        request = Request(model=copied, images=images, target=target, ids=["0", "1"], seed=0)
         total = deeplift_contributions(request).sum((1, 2, 3))
     except torch.OutOfMemoryError:
         raise

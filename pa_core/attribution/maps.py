@@ -29,14 +29,10 @@ def heatmaps(
 ) -> Tensor:
     """Heatmaps of a batch, [N, 3, S, S] float in [0, 1] on the model's device -> [N, S, S] float32 in [0, 1].
 
-    Args:
-        model: any mode; it is explained in eval mode and left in its own.
-        method: a name in ``METHODS`` or an alias.
-        target: [N] int64, the class explained; by default the predicted one.
-        smooth: ``none``; ``gaussian``, a blur with sigma S / 32; ``eigen``, the first principal component of a CAM's
-            evidence instead of its sum; ``flip``, the mean with the map of the mirrored image, mirrored back.
-        ids: one text per image, seeds controls and noise together with ``seed``; by default "0", "1", ...
-
+    ``method`` is a name in ``METHODS`` or an alias; ``target`` [N] int64 the class explained, by default the predicted
+    one. ``smooth`` is ``none``; ``gaussian``, a blur with sigma S / 32; ``eigen``, the first principal component of a
+    CAM's evidence instead of its sum; ``flip``, the mean with the map of the mirrored image, mirrored back. ``ids``,
+    one text per image, by default "0", "1", ..., seed controls and noise together with ``seed``.
     ParameterError: an unknown method, one that cannot be smoothed like that, or one that cannot explain this model.
     """
     check(method, smooth=smooth, model=model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -27,10 +28,7 @@ class Method:
     refuse: Callable[[Classifier], str | None] = lambda model: None  # why it cannot explain a model; None where it can
 
 
-_CAM = "1 forward, backward to the CAM layer"
-_GRADIENT = "1 forward and backward"
-_NOISY = "16 forward and backward"
-_ATTENTION = transformers.refuse_attention
+_CAM, _GRADIENT = "1 forward, backward to the CAM layer", "1 forward and backward"
 
 METHODS: dict[str, Method] = {
     "gradcam": Method(cams.gradcam, _CAM, grid=True),
@@ -44,15 +42,15 @@ METHODS: dict[str, Method] = {
     "saliency": Method(pixels.saliency, _GRADIENT),
     "input_x_gradient": Method(pixels.input_x_gradient, _GRADIENT),
     "integrated_gradients": Method(pixels.integrated_gradients, "32 forward and backward"),
-    "smoothgrad": Method(pixels.smoothgrad, _NOISY),
+    "smoothgrad": Method(pixels.smoothgrad, "16 forward and backward"),
     "guided_backprop": Method(pixels.guided_backprop, _GRADIENT, refuse=pixels.refuse_guided),
-    "deconvolution": Method(pixels.deconvolution, _GRADIENT, refuse=pixels.refuse_deconvolution),
+    "deconvolution": Method(pixels.deconvolution, _GRADIENT, refuse=partial(pixels.refuse_guided, once=True)),
     "guided_gradcam": Method(pixels.guided_gradcam, "2 forward and backward", refuse=pixels.refuse_guided),
-    "gradient_shap": Method(pixels.gradient_shap, _NOISY),
+    "gradient_shap": Method(pixels.gradient_shap, "16 forward and backward"),
     "deeplift": Method(pixels.deeplift, "2 forward and backward", refuse=pixels.refuse_deeplift),
     "occlusion": Method(pixels.occlusion, "50 forward"),
-    "attention_rollout": Method(transformers.attention_rollout, "1 forward", refuse=_ATTENTION),
-    "chefer": Method(transformers.chefer, _GRADIENT, refuse=_ATTENTION),
+    "attention_rollout": Method(transformers.attention_rollout, "1 forward", refuse=transformers.refuse_attention),
+    "chefer": Method(transformers.chefer, _GRADIENT, refuse=transformers.refuse_attention),
     "random": Method(controls.random, control=True),
     "random_blur": Method(controls.random_blur, control=True),
     "center": Method(controls.center, control=True),
