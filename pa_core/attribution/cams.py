@@ -92,15 +92,14 @@ def cam_grids(
     model: Classifier,
     images: Tensor,
     target: Tensor | None,
-    evidence: Callable[[Tensor, Tensor], Tensor],
+    evidence: Callable[..., Tensor],
     *,
     component: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(Maps on the CAM layer's grid, [N, h, w] float32 and at least 0; logits [N, classes], detached), from one pass.
 
     ``target`` None explains the class that this pass predicts. ``component`` takes the evidence's first principal
-    component instead of its sum, turned towards g A, summed over the channels: what each place adds to the logit, to
-    first order.
+    component instead of its sum, turned towards the sum of g A, to first order what each place adds to the logit.
     """
     activations, logits = model.forward_cam(images)
     target = logits.argmax(1) if target is None else target
@@ -116,10 +115,9 @@ def cam_grids(
 def scorecam(request: Request) -> Tensor:
     """relu(sum of w_k A_k), w the softmax over the channels of the logits of images masked by A_k (Wang et al. 2020).
 
-    Each channel is resized to the image, scaled to [0, 1] (eq. 7 and 8) and multiplied with the pixels; the softmax
-    over the channels is as in the paper's algorithm, where the score of the baseline image cancels. Deviations:
-    masked pixels become black, not the mean colour, since models take pixels in [0, 1]; and a channel without any
-    variation masks all. It costs a forward pass per channel and image, at most 64 masked images at once.
+    Each channel is resized to the image, scaled to [0, 1] (eq. 7 and 8) and multiplied with the pixels; in the softmax
+    of the paper's algorithm the score of the baseline image cancels. Deviations: masked pixels become black, not the
+    mean colour, since models take pixels in [0, 1]; and a channel without any variation masks all.
     """
     model, images, n, scores = request.model, request.images, len(request.images), []
     with torch.no_grad():
