@@ -1,14 +1,13 @@
 """A timm name -> a classifier with its preprocessing, its CAM layer and that layer's layout; its weights; pruning.
 
-A class activation map needs the activations ``A`` of one layer and the logits as a function of ``A``. timm's own
-split ``forward_head(forward_features(x))`` gives both for convolutional networks and for Swin. In a vision
-transformer that reads its class token, the patch tokens after the last block have no gradient, so there ``A`` is
-the output of the last block's first norm, as is usual (Gildenblat, pytorch-grad-cam). No model is known by name here.
+A class activation map needs the activations ``A`` of one layer and the logits as a function of ``A``. timm's own split
+``forward_head(forward_features(x))`` gives both for convolutional networks and for Swin. In a vision transformer that
+reads its class token, the patch tokens after the last block have no gradient, so there ``A`` is the output of the last
+block's first norm, as is usual (Gildenblat, pytorch-grad-cam). No model is known by name here.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from timm.layers.helpers import to_2tuple
 from timm.models import load_state_dict, register_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import prune as torch_prune
+from torch.nn.utils import parametrize
 
 from pa_core.errors import ParameterError, did_you_mean
 
@@ -51,10 +50,7 @@ class Cam:
 
 
 class Classifier(nn.Module):
-    """A timm network that owns its preprocessing: pixels in [0, 1] in, logits out.
-
-    ``changes`` says what was changed in the network to keep a CAM grid of at least 4 x 4, one text each.
-    """
+    """A timm network that owns its preprocessing: pixels in [0, 1] in, logits out."""
 
     mean: Tensor
     std: Tensor
@@ -63,8 +59,8 @@ class Classifier(nn.Module):
         self, network: Network, *, name: str, classes: int, image_size: int, cam: Cam, changes: tuple[str, ...]
     ):
         super().__init__()
-        self.network, self.name, self.classes, self.image_size = network, name, classes, image_size
-        self.cam, self.changes = cam, changes
+        self.network, self.name, self.classes, self.image_size, self.cam = network, name, classes, image_size, cam
+        self.changes = changes  # what was changed in the network to keep a CAM grid of at least 4 x 4, one text each
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1), persistent=False)
 
@@ -87,15 +83,14 @@ class Classifier(nn.Module):
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that timm does not know, before anything is loaded."""
+    """Refuse a name that timm does not know (ParameterError), before anything is loaded."""
     base, _, tag = name.partition(".")
-    if not timm.is_model(base):
-        known = timm.list_models()
-        raise ParameterError("model", name, f"must be a name of timm.list_models(){did_you_mean(base, known)}")
-    known = timm.list_pretrained(f"{base}.*")
-    if tag and name not in known:
-        allowed = f"must be {base} or one of its tags: {', '.join(known) or 'none'}{did_you_mean(name, known)}"
-        raise ParameterError("model", name, allowed)
+    allowed, known = "must be a name of timm.list_models()", timm.list_models()
+    if timm.is_model(base):
+        known = [base, *timm.list_pretrained(f"{base}.*")]
+        allowed = f"must be one of {', '.join(known)}"
+    if not timm.is_model(base) or (tag and name not in known):
+        raise ParameterError("model", name, f"{allowed}{did_you_mean(name, known)}")
 
 
 def create(
@@ -109,21 +104,20 @@ def create(
 ) -> Classifier:
     """Build a classifier in float32 on the CPU, in eval mode; the global RNG is left as found.
 
-    Args:
-        name: any timm name.
-        classes: size of the head; image_size: S of the images [N, 3, S, S]; seed: of the initialisation.
-        pretrained: timm's own weights (True), or a file: .safetensors, or .pth/.pt loaded without executing
-            pickled code. A head of another number of classes is replaced by a fresh one.
-        cam_layer: dotted name of a module instead of the model's own CAM layer.
-
-    Raises:
-        ParameterError: an unknown name or CAM layer; weights or an image size that do not suit the network.
+    Any timm name; ``seed`` is that of the initialisation. ``pretrained`` loads timm's own weights (True) or a file
+    (.safetensors, or .pth/.pt without executing pickled code); a head of another number of classes stays fresh.
+    ``cam_layer`` names a module instead of the model's own CAM layer.
+    ParameterError: an unknown name or CAM layer; weights or an image size that do not suit the network.
     """
     check_name(name)
-    with torch.random.fork_rng(devices=[]):
+
+    def build(**options: Any) -> Network:
         torch.manual_seed(seed)
+        return timm.create_model(name, pretrained=pretrained is True, num_classes=classes, **options).eval()
+
+    with torch.random.fork_rng(devices=[]):
         try:
-            network = timm.create_model(name, pretrained=pretrained is True, num_classes=classes).eval()
+            network = build()
         except (OSError, RuntimeError) as error:  # no connection; or a model for which timm has no weights
             if pretrained is not True:
                 raise
@@ -133,14 +127,11 @@ def create(
         try:
             changes, cam = _fit(network, name, image_size)
         except ParameterError as refusal:
-            torch.manual_seed(seed)
             try:  # CaiT, ConViT, XCiT and mixers take the size when they are built, and not later
-                network = timm.create_model(
-                    name, pretrained=pretrained is True, num_classes=classes, img_size=image_size
-                )
+                network = build(img_size=image_size)
             except Exception:  # most have no such argument
                 raise refusal from None
-            changes, cam = _fit(network.eval(), name, image_size)
+            changes, cam = _fit(network, name, image_size)
         if isinstance(pretrained, str):
             load_weights(network, Path(pretrained).expanduser())
         if cam_layer is not None:
@@ -156,16 +147,14 @@ def _reason(error: Exception) -> str:
 def load_weights(network: Network, path: Path) -> None:
     """Load a state dict from a file into a timm network; a head that does not fit keeps its fresh weights.
 
-    Raises:
-        ParameterError: the file is no state dict, holds pickled code, or belongs to another network.
+    ParameterError: the file is no state dict, holds pickled code, or belongs to another network.
     """
     try:
         state = load_state_dict(str(path), device="cpu", weights_only=True)
     except Exception as error:  # every reader has exceptions of its own for a damaged or unsafe file
         allowed = f"must be true, false or a file of weights that can be read ({_reason(error)})"
         raise ParameterError("pretrained", str(path), allowed) from error
-    state = {key.removeprefix("network."): value for key, value in state.items()}
-    own = network.state_dict()
+    state, own = {key.removeprefix("network."): value for key, value in state.items()}, network.state_dict()
     if any(key in own and value.shape != own[key].shape for key, value in state.items()):
         # timm's own conversion, which resamples position embeddings; its modules share this name for it
         convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
@@ -174,29 +163,25 @@ def load_weights(network: Network, path: Path) -> None:
     heads = [{f"{name}.weight", f"{name}.bias"} for name in _heads(network).values()]
     dropped = set().union(*(head for head in heads if head & misfits))
     # num_batches_tracked has no part in what a network computes, and converted checkpoints leave it out
-    optional = {key for key in own if key.endswith("num_batches_tracked")}.union(*heads)
-    faults = {"do not fit": sorted(misfits - dropped), "are missing": sorted(own.keys() - state.keys() - optional)}
-    counts = [f"{len(keys)} entries {fault} (such as {keys[0]})" for fault, keys in faults.items() if keys]
-    if counts:
-        allowed = f"must hold weights of {type(network).__name__} as built here, but {' and '.join(counts)}"
-        raise ParameterError("pretrained", str(path), allowed)
+    missing = {key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")}.difference(*heads)
+    if wrong := sorted((misfits - dropped) | missing):
+        built = f"must hold weights of {type(network).__name__} as built here"
+        raise ParameterError("pretrained", str(path), f"{built}: {len(wrong)} do not fit or are missing, as {wrong[0]}")
     network.load_state_dict({key: value for key, value in state.items() if key not in dropped}, strict=False)
 
 
 def _heads(network: Network) -> dict[nn.Module, str]:
     """The final classifier(s) with their dotted names; a distilled transformer has two."""
     heads = network.get_classifier()
-    heads = list(heads) if isinstance(heads, (list, tuple)) else [heads]
-    return {module: name for name, module in network.named_modules() if any(module is head for head in heads)}
+    heads = set(heads if isinstance(heads, (list, tuple)) else [heads])
+    return {module: name for name, module in network.named_modules() if module in heads}
 
 
 def find_cam(network: Network, image_size: int, *, min_grid: int = 1) -> Cam:
-    """The network's own CAM layer, found by what the network gives at this size.
+    """The first layer with a grid of ``min_grid`` or more on which the logits depend, ValueError if there is none.
 
-    Candidates in this order: the output of ``forward_features`` if it is a map; the last block's norms, the first of
-    them first; that output if it is tokens; the feature levels, the last first. The first one is taken that has a grid
-    of ``min_grid`` or more and on which the logits depend.
-    ValueError if there is none, and whatever the network raises at a size that it cannot take.
+    In this order: the output of ``forward_features`` if it is a map; the last block's norms, the first of them first;
+    that output if it is tokens; the feature levels, the last first. A network may raise anything at a wrong size.
     """
     names = dict(network.named_modules())
     levels = [info["module"] for info in getattr(network, "feature_info", None) or [] if "module" in info]
@@ -219,11 +204,10 @@ def _named_cam(network: Network, layer: str, image_size: int) -> Cam:
     names = [FEATURES, *(name for name, _ in network.named_modules() if name)]
     if layer not in names:
         raise ParameterError("cam_layer", layer, f"must be a module's dotted name{did_you_mean(layer, names)}")
-    cam = _cam(network, layer, image_size)
-    if cam is None or min(cam.grid) < MIN_GRID:
-        allowed = "must be a module that gives a map or patch tokens on which the logits depend"
-        raise ParameterError("cam_layer", layer, f"{allowed}, on a grid of {MIN_GRID}x{MIN_GRID} or more")
-    return cam
+    if (cam := _cam(network, layer, image_size)) is not None and min(cam.grid) >= MIN_GRID:
+        return cam
+    allowed = "must be a module that gives a map or patch tokens on which the logits depend, on a grid of 4x4 or more"
+    raise ParameterError("cam_layer", layer, allowed)
 
 
 def _cam(network: Network, layer: str, image_size: int) -> Cam | None:
@@ -234,7 +218,7 @@ def _cam(network: Network, layer: str, image_size: int) -> Cam | None:
             activations, outputs = _cut(network, layer, torch.rand(1, 3, image_size, image_size))
         except (AttributeError, IndexError):  # it gives no tensor, or is not called
             return None
-    cam, shape = None, list(activations.shape)
+    cam, shape = None, activations.shape
     channels_last = shape[1:2] == shape[-1:] and getattr(network, "output_fmt", "NCHW") == "NHWC"
     if len(shape) == 4 and shape[2] == shape[3] and not channels_last:
         cam = Cam(layer=layer, layout="NCHW", grid=(shape[2], shape[3]))
@@ -271,9 +255,8 @@ def _cut(network: Network, layer: str, inputs: Tensor) -> tuple[Tensor, Tensor]:
 def _fit(network: Network, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
     """Let the network take images of this size with a CAM grid of at least 4 x 4, by the least change that does.
 
-    In this order: none; a smaller patch (networks that can be resized, ViT and Swin); a stride of 1 in the last
-    reduction, then in the last two, and so on (all that comes before stays as it was); an earlier CAM layer. timm's
-    ``output_stride`` would dilate what follows, and knows neither VGG nor DenseNet.
+    In this order: none; a smaller patch (ViT and Swin); a stride of 1 in the last reduction, then in the last two, and
+    so on; an earlier CAM layer. timm's ``output_stride`` would dilate what follows, and knows neither VGG nor DenseNet.
     """
     reasons: list[str] = []
 
@@ -298,7 +281,7 @@ def _fit(network: Network, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
     elif cam := usable():
         return (), cam
     else:
-        for level in reversed(_reductions(network)):
+        for level in _reductions(network):
             changes += [_unstride(network, module) for module in level]
             if cam := usable():
                 return tuple(changes), cam
@@ -309,21 +292,21 @@ def _fit(network: Network, name: str, size: int) -> tuple[tuple[str, ...], Cam]:
 
 
 def _reductions(network: Network) -> list[list[str]]:
-    """Names of strided modules in forward order, grouped by the resolution they reduce: a block's branches together."""
+    """Strided modules by the resolution they reduce, the lowest first: a block's branches together."""
     size = max(256, network.pretrained_cfg.get("input_size", (3, 256, 256))[-1])
     names = {module: n for n, module in network.named_modules() if _stride(module) > 1 and not any(module.children())}
-    levels: dict[int, dict[str, None]] = {}  # dict keys as ordered sets
+    seen: dict[str, int] = {}  # the resolution that each reduces
 
     def watch(module: nn.Module, inputs: Any, output: Any) -> None:
         if module in names and output.ndim == 4 and output.shape[-1] < inputs[0].shape[-1]:
-            levels.setdefault(inputs[0].shape[-1], {})[names[module]] = None
+            seen[names[module]] = inputs[0].shape[-1]
 
     try:
         with torch.no_grad(), register_module_forward_hook(watch):
             network.forward_features(torch.zeros(1, 3, size, size))
     except Exception:  # a network that takes one size only: `_fit` tells what it says to the size that is asked for
         return []
-    return [list(levels[resolution]) for resolution in sorted(levels, reverse=True)]
+    return [[name for name, reduced in seen.items() if reduced == level] for level in sorted(set(seen.values()))]
 
 
 def _stride(module: nn.Module) -> int:
@@ -344,65 +327,61 @@ def _unstride(network: Network, name: str) -> str:
     return f"stride of {name} {before} -> 1"
 
 
+class _Pruned(nn.Module):
+    """Parametrization of a weight of which some entries are 0 whatever the optimizer does."""
+
+    mask: Tensor
+
+    def __init__(self, weight: Any):
+        super().__init__()
+        self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+MASK, ORIGINAL = "parametrizations.weight.0.mask", "parametrizations.weight.original"  # of a layer, in a state dict
+
+
 def prune(network: nn.Module, share: float) -> None:
     """Prune this share, in (0, 1], of the weights that are left, those of least magnitude over all layers; in place.
 
-    Counted are the weights of all convolutions and linear layers; biases and norms are untouched (Han et al. 2015).
-    A layer keeps ``weight_orig``, the Parameter that an optimizer knows, and ``weight_mask``, 1 where a weight is left;
-    it has a ``weight`` only while it is called.
+    Counted are convolutions and linear layers, without biases (Han et al. 2015). An optimizer's parameters stay valid.
     """
     layers = [_masked(module) for module in network.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))]
-    left = torch.cat([layer.weight_mask.flatten() for layer in layers]).cpu()
-    magnitude = torch.cat([layer.weight_orig.detach().abs().flatten() for layer in layers]).cpu()
-    magnitude[left == 0] = math.inf
-    count = round(share * int(left.count_nonzero()))
-    left[np.argpartition(magnitude.numpy(), count - 1)[:count]] = 0  # many times faster than topk, and deterministic
-    for layer, mask in zip(layers, left.split([layer.weight_mask.numel() for layer in layers]), strict=True):
-        layer.weight_mask.copy_(mask.view(layer.weight_mask.shape))
+    left = torch.cat([weight.detach()[mask].abs() for weight, mask in layers]).cpu().numpy()
+    last = max(round(share * left.size), 1) - 1
+    limit = float(np.partition(left, last)[last])
+    for weight, mask in layers:
+        mask &= weight.detach().abs() > limit
 
 
-def _masked(layer: Any) -> Any:
-    """The layer, with a mask of ones if it had none."""
-    if not hasattr(layer, "weight_mask"):
-        bias = layer.bias
-        torch_prune.identity(layer, "weight")
-        del layer.bias  # to stand behind the weight again: optimizers store their state by position
-        layer.register_parameter("bias", bias)
-        # between calls the masked weight would be stale, and as part of a graph it would forbid copy.deepcopy
-        del layer.weight
-        layer.register_forward_hook(lambda called, *_: delattr(called, "weight"))
-    return layer
-
-
-def check_prunable(model: Classifier) -> None:
-    """Refuse a network that reads the weight of a layer without calling the layer (BEiT): a mask has no hold there."""
-    prune(trial := copy.deepcopy(model), 0.5)
-    try:
-        trial(torch.zeros(1, 3, model.image_size, model.image_size, device=model.mean.device))
-    except AttributeError as error:
-        allowed = "must be a network that calls its layers where the schedule prunes, and this one reads their weights"
-        raise ParameterError("model", model.name, allowed) from error
+def _masked(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """(The layer's own weight; its mask, of ones if it had none), both to be changed in place."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        parametrize.register_parametrization(layer, "weight", _Pruned(layer.weight), unsafe=True)
+    return layer.get_parameter(ORIGINAL), layer.get_buffer(MASK)
 
 
 def sparsity(network: nn.Module) -> float:
     """Pruned share of the weights that `prune` counts, in [0, 1]."""
-    masks = [value for key, value in network.state_dict().items() if key.endswith("weight_mask")]
-    return sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks) if masks else 0.0
+    masks = [value for key, value in network.state_dict().items() if key.endswith(MASK)]
+    return sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks) if masks else 0.0
 
 
 def plain_state(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict as before pruning: ``weight``, with zeros, for ``weight_orig`` and ``weight_mask``."""
+    """The state dict as before pruning: ``weight``, with zeros, for what pruning keeps of a layer."""
     state = dict(network.state_dict())
-    for name in [key.removesuffix("_mask") for key in state if key.endswith("weight_mask")]:
-        state[name] = state.pop(f"{name}_mask") * state.pop(f"{name}_orig")
+    for layer in [key.removesuffix(MASK) for key in state if key.endswith(MASK)]:
+        state[f"{layer}weight"] = state.pop(layer + MASK) * state.pop(layer + ORIGINAL)
     return state
 
 
 def restore_pruning(network: nn.Module, state: dict[str, Any]) -> None:
     """Make the network ready for ``load_state_dict(state)`` where the state is that of a pruned network."""
-    for name, layer in network.named_modules():
-        if f"{name}.weight_mask" in state:
-            _masked(layer)
+    for key in state:
+        if key.endswith(MASK):
+            _masked(network.get_submodule(key.removesuffix(f".{MASK}")))
 
 
 class ResNet9(nn.Module):
@@ -411,13 +390,15 @@ class ResNet9(nn.Module):
     As in airbench (Jordan 2024) a stage pools before it normalises: norm and activation see a quarter of the pixels.
     """
 
-    def __init__(self, num_classes: int = 1000, in_chans: int = 3):
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
+    pretrained_cfg = {"mean": mean, "std": std, "input_size": (3, 32, 32)}
+
+    def __init__(self, classes: int):
         super().__init__()
-        first = [_conv(in_chans, 64), _conv(64, 128, pool=True), _Residual(_conv(128, 128), _conv(128, 128))]
-        last = [_conv(128, 256, pool=True), _conv(256, 512, pool=True), _Residual(_conv(512, 512), _conv(512, 512))]
-        self.features, self.fc = nn.Sequential(*first, *last), nn.Linear(512, num_classes)
-        mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
-        self.pretrained_cfg = {"mean": mean, "std": std, "input_size": (3, 32, 32)}
+        first = [_conv(3, 64), _conv(64, 128, nn.MaxPool2d(2)), _Residual(_conv(128, 128), _conv(128, 128))]
+        middle = [_conv(128, 256, nn.MaxPool2d(2)), _conv(256, 512, nn.MaxPool2d(2))]
+        self.features = nn.Sequential(*first, *middle, _Residual(_conv(512, 512), _conv(512, 512)))
+        self.fc = nn.Linear(512, classes)
 
     def get_classifier(self) -> nn.Module:
         return self.fc
@@ -437,14 +418,14 @@ class _Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def _conv(inputs: int, outputs: int, *, pool: bool = False) -> nn.Sequential:
-    convolution = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), *([nn.MaxPool2d(2)] if pool else [])]
-    return nn.Sequential(*convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+def _conv(inputs: int, outputs: int, *pool: nn.Module) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, *pool, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 @register_model
-def resnet9(pretrained: bool = False, *, num_classes: int = 1000, in_chans: int = 3, **_: Any) -> ResNet9:
+def resnet9(pretrained: bool = False, *, num_classes: int = 1000, **_: Any) -> ResNet9:
     """``resnet9`` among timm's names. There are no weights for it."""
     if pretrained:
         raise RuntimeError("there are no weights for resnet9")
-    return ResNet9(num_classes, in_chans)
+    return ResNet9(num_classes)

@@ -210,7 +210,7 @@ def test_integrated_gradients_against_a_riemann_sum(trained):
 def test_half_precision(method, name):
     """As the proxy step calls it: under autocast, after which maps are float32 all the same."""
     model = create(name, classes=3, image_size=32, seed=1)
-    if attribution.refusal(method, model) is not None:
+    if METHODS[method].refuse(model) is not None:
         return
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -238,7 +238,7 @@ def state(model, images):
 @pytest.mark.parametrize("method", METHODS)
 def test_everything_is_left_as_found(method, trained):
     model, _, _, images, labels = trained
-    if attribution.refusal(method, model) is not None:
+    if METHODS[method].refuse(model) is not None:
         return
     model.train()
     model.network.get_classifier().eval()  # a mixed mode must survive, too
@@ -372,7 +372,7 @@ def test_heatmaps_are_the_grids_of_the_pass_that_scores(method, smooth, trained)
         torch.testing.assert_close(logits, model(images))
     assert not logits.requires_grad
     expected = heatmaps(model, images, method=method, target=logits.argmax(1), smooth=smooth)
-    assert torch.equal(attribution.from_grids(maps, image_size=images.shape[-1], smooth=smooth), expected)
+    assert torch.equal(attribution.upsampled(maps, images.shape[-1], smooth=smooth), expected)
     assert torch.equal(heatmaps(model, images, method=method, smooth=smooth), expected)
 
 

@@ -2,9 +2,7 @@
 
 A heatmap is [N, S, S], float32, in [0, 1], on the images' device, 1 where the evidence is strongest. Every map is
 scaled per image (minimum to 0, maximum to 1); a map without any variation is 0 everywhere. The model is left as it was
-found: gradients, hooks, training mode and RNG.
-
-One link of the package's chain. Inside, a module imports only those before it:
+found: gradients, hooks, training mode and RNG. Inside, a module imports only those before it:
 
     base -> cams -> captum_methods -> transformers -> controls -> table -> maps
 """
@@ -12,5 +10,5 @@ One link of the package's chain. Inside, a module imports only those before it:
 
 from pa_core.attribution.base import Request, as_found, scale
 from pa_core.attribution.controls import derangement
-from pa_core.attribution.maps import explain, from_grids, grids, heatmaps, stored, upsampled
-from pa_core.attribution.table import METHODS, check, fused, markdown, refusal, resolve, supported_methods
+from pa_core.attribution.maps import explain, grids, heatmaps, stored, upsampled
+from pa_core.attribution.table import METHODS, check, fused, markdown, resolve, supported_methods

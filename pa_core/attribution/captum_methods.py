@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,14 +26,10 @@ from pa_core.attribution.cams import cam_grids, gradcam
 from pa_core.models import Classifier
 from pa_core.params import derived_seed
 
-NODES = 32
-"""Gauss-Legendre nodes of integrated gradients. The map is rescaled, so only its shape must have converged."""
-
-SAMPLES = 16
-"""Noisy copies of each image in smoothgrad and gradient_shap."""
-
-NOISE = 0.15
-"""Their noise's standard deviation; Smilkov et al. recommend 10 to 20 % of the range of the pixels, which is 1 here."""
+NODES = 32  # Gauss-Legendre nodes; the map is rescaled, so only its shape must have converged
+SAMPLES = 16  # noisy copies of each image in smoothgrad and gradient_shap
+NOISE = 0.15  # their standard deviation; Smilkov et al. recommend 10 to 20 % of the range of the pixels, which is 1
+TOLERANCE = 1e-6  # what double precision loses on the way; an operation without a rule is off by some percent
 
 
 def _attribute(name: str, request: Request, *, tunnel: bool = False, **keywords: Any) -> Tensor:
@@ -66,12 +62,9 @@ def integrated_gradients(request: Request) -> Tensor:
 
 def smoothgrad(request: Request) -> Tensor:
     """|mean gradient of 16 copies with noise 0.15|, the largest over the colours (Smilkov et al. 2017, section 2)."""
-
-    def explain(one: Request) -> Tensor:
-        noise = {"nt_type": "smoothgrad", "nt_samples": SAMPLES, "stdevs": NOISE}
-        return _attribute("Saliency", one, tunnel=True, abs=False, **noise)
-
-    return _one_by_one(request, "smoothgrad", explain).abs().amax(1)
+    how: dict[str, Any] = dict(tunnel=True, abs=False, nt_type="smoothgrad", nt_samples=SAMPLES, stdevs=NOISE)
+    found = [_attribute("Saliency", one, **how) for one in _one_by_one(request, "smoothgrad")]
+    return torch.cat(found).abs().amax(1)
 
 
 def gradient_shap(request: Request) -> Tensor:
@@ -79,28 +72,24 @@ def gradient_shap(request: Request) -> Tensor:
 
     16 draws: a point between the image, with noise 0.15, and a baseline; the baselines are images of one random colour.
     """
-
-    def explain(one: Request) -> Tensor:
+    found = []
+    for one in _one_by_one(request, "gradient_shap"):
         colours = torch.rand(SAMPLES, 3, 1, 1).to(one.images)  # drawn on the CPU: the same on every device
         baselines = colours.expand(-1, -1, *one.images.shape[-2:])
-        return _attribute("GradientShap", one, baselines=baselines, n_samples=SAMPLES, stdevs=NOISE)
+        found.append(_attribute("GradientShap", one, baselines=baselines, n_samples=SAMPLES, stdevs=NOISE))
+    return torch.cat(found).sum(1).abs()
 
-    return _one_by_one(request, "gradient_shap", explain).sum(1).abs()
 
+def _one_by_one(request: Request, label: str) -> Iterator[Request]:
+    """Each image alone, with torch's and NumPy's global generators, from which Captum draws, seeded by its id.
 
-def _one_by_one(request: Request, label: str, explain: Callable[[Request], Tensor]) -> Tensor:
-    """Image by image, its noisy copies as the batch, with the noise seeded by the image's id.
-
-    Captum draws from the global generators of torch and NumPy, for a batch at once: so an image's noise, and with it
-    its map, would depend on its neighbours. ``as_found`` puts their states back.
+    In a batch, an image's noise would depend on its neighbours. ``as_found`` puts the generators' states back.
     """
-    found = []
     for k, name in enumerate(request.ids):
         seed = derived_seed(request.seed, label, name)
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
-        found.append(explain(replace(request, images=request.images[k, None], target=request.target[k, None])))
-    return torch.cat(found)
+        yield replace(request, images=request.images[k, None], target=request.target[k, None])
 
 
 def occlusion(request: Request) -> Tensor:
@@ -135,7 +124,7 @@ def deconvolution(request: Request) -> Tensor:
 
 def guided_gradcam(request: Request) -> Tensor:
     """guided_backprop times gradcam (Selvaraju et al. 2017, section 3.3); networks of ``nn.ReLU`` modules."""
-    maps, _ = cam_grids(request.model, request.images, evidence=gradcam, target=request.target)
+    maps, _ = cam_grids(request.model, request.images, request.target, gradcam)
     return guided_backprop(request) * resize(maps, request.images.shape[-1])
 
 
@@ -150,34 +139,23 @@ def deeplift_contributions(request: Request) -> Tensor:
     """[N, 3, S, S], whose sum per image is the explained logit less that of the black image.
 
     In full precision, whatever the caller runs in: the rule divides differences of activations by one another.
-    """
-    with _apart(request.model), torch.autocast(request.images.device.type, enabled=False):
-        return _attribute("DeepLift", request)
-
-
-@contextmanager
-def _apart(model: nn.Module) -> Iterator[None]:
-    """Two things without which Captum's DeepLift does not add up to the logit; the model computes the same as before.
-
     Captum hooks tensors. Where a max pool reads an activation's output directly, both hook one tensor, and the
     activation sees the gradient from before the pool's rule: so each hooked module reads a copy. And Captum's rule for
     max pools overwrites where windows overlap: so overlapping windows are laid out side by side first.
     """
     from captum.attr._core.deep_lift import SUPPORTED_NON_LINEAR
 
-    with ExitStack() as stack:
-        for module in model.modules():
-            if type(module) not in SUPPORTED_NON_LINEAR:
-                continue
+    with ExitStack() as stack, torch.autocast(request.images.device.type, enabled=False):
+        for module in (m for m in request.model.modules() if type(m) in SUPPORTED_NON_LINEAR):
             read = torch.clone
             if type(module) is nn.MaxPool2d and _pair(module.stride) != _pair(module.kernel_size):
                 pool = {"stride": module.stride, "padding": module.padding}
                 read = partial(_tiled, kernel=_pair(module.kernel_size), **{k: _pair(v) for k, v in pool.items()})
                 stack.callback(vars(module).update, pool)
                 module.stride, module.padding = module.kernel_size, 0
-            handle = module.register_forward_pre_hook(lambda _module, inputs, read=read: (read(inputs[0]),))
-            stack.callback(handle.remove)
-        yield
+            hook = module.register_forward_pre_hook(lambda _module, inputs, read=read: (read(inputs[0]),))
+            stack.enter_context(hook)
+        return _attribute("DeepLift", request)
 
 
 def _tiled(x: Tensor, *, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
@@ -191,19 +169,32 @@ def _tiled(x: Tensor, *, kernel: tuple[int, int], stride: tuple[int, int], paddi
 # Which networks these rules reach. Elsewhere they would silently be plain gradients. It is computed, not looked up.
 
 
-def refuse_guided(model: Classifier) -> str | None:
+def refuse_guided(model: Classifier, *, once: bool = False) -> str | None:
     """Why guided_backprop cannot explain a model: a nonlinearity that is no ``nn.ReLU`` module.
 
     Without these modules a network that the rule reaches is an affine function, where max pools and norms, whose
-    gradients are passed on as they are, count as linear: f(a + b) + f(0) = f(a) + f(b).
+    gradients are passed on as they are, count as linear: f(a + b) + f(0) = f(a) + f(b). ``once``: nor may a module be
+    used twice, since Captum keeps one gradient of deconvolution per module.
     """
-    return _beyond_relu(model)[0]
+    calls: Counter[nn.Module] = Counter()
 
+    def identity(module: nn.Module, input: Tensor) -> Tensor:
+        calls[module] += 1
+        return input
 
-def refuse_deconvolution(model: Classifier) -> str | None:
-    """As for guided_backprop; nor may a module be used twice, since Captum keeps one gradient per module."""
-    reason, most = _beyond_relu(model)
-    return f"an nn.ReLU module of {model.name} is used more than once" if most > 1 else reason
+    copied, images = _redrawn(model)
+    for module in copied.modules():
+        if isinstance(module, nn.ReLU):
+            module.forward = partial(identity, module)
+    with torch.no_grad(), _Linear():
+        black, one, other, both = copied(torch.stack([0 * images[0], *images, images.sum(0)]))
+    if once and max(calls.values(), default=0) > 1:
+        return f"an nn.ReLU module of {model.name} is used more than once"
+    affine = (both + black - one - other).abs().max() <= TOLERANCE * (both - black).abs().max()
+    if calls and affine:
+        return None
+    what = "other nonlinear operations" if calls else "none"
+    return f"it changes the gradient of nn.ReLU modules only, and {model.name} has {what}"
 
 
 def refuse_deeplift(model: Classifier) -> str | None:
@@ -211,8 +202,8 @@ def refuse_deeplift(model: Classifier) -> str | None:
     reason = f"its contributions do not add up to the logit of {model.name}: it has no rule for one of its operations"
     copied, images = _redrawn(model)
     target = torch.zeros(2, dtype=torch.long, device=images.device)
+    request = Request(model=copied, images=images, target=target, ids=["0", "1"], seed=0)
     try:
-        request = Request(model=copied, images=images, target=target, ids=["0", "1"], seed=0)
         total = deeplift_contributions(request).sum((1, 2, 3))
     except torch.OutOfMemoryError:
         raise
@@ -221,31 +212,6 @@ def refuse_deeplift(model: Classifier) -> str | None:
     with torch.no_grad():
         whole = (copied(images) - copied(torch.zeros_like(images)))[:, 0]
     return None if bool(((total - whole).abs() <= TOLERANCE * whole.abs()).all()) else reason
-
-
-TOLERANCE = 1e-6
-"""What double precision loses on the way; an operation without a rule is off by some percent."""
-
-
-def _beyond_relu(model: Classifier) -> tuple[str | None, int]:
-    """Why a rule for ``nn.ReLU`` modules misses a nonlinearity, or None; how often the busiest of them is used."""
-    calls: Counter[nn.Module] = Counter()
-
-    def identity(x: Tensor, *, module: nn.Module) -> Tensor:
-        calls[module] += 1
-        return x
-
-    copied, images = _redrawn(model)
-    for module in copied.modules():
-        if isinstance(module, nn.ReLU):
-            vars(module)["forward"] = partial(identity, module=module)
-    with torch.no_grad(), _Linear():
-        black, one, other, both = copied(torch.stack([0 * images[0], *images, images.sum(0)]))
-    if not calls:
-        return f"it changes the gradient of nn.ReLU modules only, and {model.name} has none", 0
-    reason = f"it changes the gradient of nn.ReLU modules only, and {model.name} has other nonlinear operations"
-    affine = (both + black - one - other).abs().max() <= TOLERANCE * (both - black).abs().max()
-    return None if bool(affine) else reason, max(calls.values())
 
 
 class _Linear(TorchFunctionMode):

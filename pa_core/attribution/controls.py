@@ -15,18 +15,19 @@ from pa_core.attribution.base import Request, blur, generator
 from pa_core.errors import ParameterError
 from pa_core.params import derived_seed
 
-ASPECT = 0.3
-"""The flattest rectangle, height : width; the tallest is its inverse."""
+ASPECT = 0.3  # the flattest rectangle, height : width; the tallest is its inverse
 
 
-def random(request: Request) -> Tensor:
+def random(request: Request, label: str = "random") -> Tensor:
     """uniform noise per pixel, seeded per image id."""
-    return _noise(request, "random")
+    size = request.images.shape[-1]
+    maps = [torch.rand(size, size, generator=generator(request.seed, label, name)) for name in request.ids]
+    return torch.stack(maps).to(request.images.device)
 
 
 def random_blur(request: Request) -> Tensor:
     """a smooth random field: noise per pixel, blurred with sigma S / 8; seeded per image id."""
-    return blur(_noise(request, "random_blur"), sigma=request.images.shape[-1] / 8)
+    return blur(random(request, "random_blur"), sigma=request.images.shape[-1] / 8)
 
 
 def center(request: Request) -> Tensor:
@@ -76,20 +77,9 @@ def uniform(request: Request) -> Tensor:
 def derangement(ids: Sequence[str], seed: int) -> Tensor:
     """Whose map each image gets under ``permute_maps``: [N] int64 on the CPU, image i that of image ``derangement[i]``.
 
-    One cycle through all images, in an order seeded by the ids: none gets its own.
-
-    Raises:
-        ParameterError: fewer than two images.
+    One cycle through all images, in an order seeded by the ids: none gets its own. ParameterError: fewer than two.
     """
     if len(ids) < 2:
         raise ParameterError("permute_maps", True, f"must be false where {len(ids)} images get a map; raise fraction")
-    order = sorted(range(len(ids)), key=lambda i: derived_seed(seed, "shuffled", ids[i]))
-    donor = torch.empty(len(order), dtype=torch.long)
-    donor[torch.tensor(order)] = torch.tensor(order[1:] + order[:1])
-    return donor
-
-
-def _noise(request: Request, label: str) -> Tensor:
-    size = request.images.shape[-1]
-    maps = [torch.rand(size, size, generator=generator(request.seed, label, name)) for name in request.ids]
-    return torch.stack(maps).to(request.images.device)
+    order = torch.tensor(sorted(range(len(ids)), key=lambda i: derived_seed(seed, "shuffled", ids[i])))
+    return torch.empty_like(order).scatter_(0, order, order.roll(-1))
