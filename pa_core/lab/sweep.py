@@ -126,6 +126,20 @@ class Sweep:
         values = " ".join(f"{name}={getattr(job.experiment, name)}" for name in self.varied)
         return "  ".join(filter(None, [", ".join(job.arms), values])) or job.experiment.schedule
 
+    @cached_property
+    def _identify(self) -> Callable[..., Any]:
+        from pa_core import data
+
+        return cache(data.identify)  # each dataset is looked up once
+
+    def locate(self, job: Job) -> Path:
+        """Where a job's run lies, or will lie."""
+        from pa_core import experiment
+
+        names = ("dataset", "data_dir", "bad_images", "image_size")
+        identity = self._identify(**{name: getattr(job.experiment, name) for name in names})
+        return experiment.locate(job.experiment, identity=identity)
+
     @property
     def runs_dir(self) -> str:
         return self.jobs[0].experiment.runs_dir
@@ -158,7 +172,7 @@ def expand(content: Mapping[str, Any], *, name: str = "sweep", folder: Path | No
     axes |= {"seed": ("seeds", file.seeds)} if file.seeds else {}
     if not (axes or file.arms):
         raise ParameterError(f"{name}: keys", sorted(map(str, content)), "must include one of grid, arms and seeds")
-    for parameter, (place, values) in axes.items():
+    for place, values in axes.values():
         if not values or any(value in values[:i] for i, value in enumerate(values)):
             raise ParameterError(f"{name}: {place}", values, "must be a list of values, none of them twice")
     base = read_yaml(folder / Path(file.base).expanduser()) if isinstance(file.base, str) else file.base
@@ -225,17 +239,11 @@ def look_up(sweep: Sweep) -> None:
     known, alike = _known(sweep.runs_dir), ["dataset", "model", "schedule"]
     there, runs = {tuple(row) for row in known[alike].to_numpy()}, set(known["run"])
     others = {name.rpartition("-")[0] for name in runs}  # a directory's name ends in the code version
-    identities: dict[tuple, Any] = {}
     for job in sweep.jobs:
         job.status, job.run = TO_DO, None
         if tuple(getattr(job.experiment, name) for name in alike) in there:
-            from pa_core import data, experiment
-
-            what = {name: getattr(job.experiment, name) for name in ("dataset", "data_dir", "bad_images", "image_size")}
             try:
-                identity = identities.setdefault(tuple(what.values()), None) or data.identify(**what)
-                identities[tuple(what.values())] = identity
-                path = experiment.locate(job.experiment, identity=identity)
+                path = sweep.locate(job)
             except ParameterError:
                 continue  # the run itself will say what is wrong, and where
             if path.name in runs:
