@@ -58,22 +58,19 @@ def change(
     e = experiment
     if "erase" in e.augmentations:
         images = erase(images, maps, region=e.erase_region, probability=e.erase_probability, draws=draws["erase"])
-    by = maps if e.mix_labels == "attention" else None
-    cut = blend = None
+    by, mixed = maps if e.mix_labels == "attention" else None, []
     if "cutmix" in e.augmentations:
-        cut = cutmix(images, by, probability=e.mix_probability, alpha=e.cutmix_alpha, draws=draws["cutmix"])
+        mixed.append(cutmix(images, by, probability=e.mix_probability, alpha=e.cutmix_alpha, draws=draws["cutmix"]))
     if "mixup" in e.augmentations:
-        blend = mixup(images, probability=e.mix_probability, draws=draws["mixup"])
-    if cut and blend:  # each image gets one or the other
-        first = send(torch.rand(len(images), generator=draws["cutmix or mixup"]) < 0.5, images.device)
-        mixed, partner, share = (
-            torch.where(first.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(cut, blend, strict=True)
-        )
-    elif cut or blend:
-        mixed, partner, share = cut or blend
-    else:
+        mixed.append(mixup(images, probability=e.mix_probability, draws=draws["mixup"]))
+    if not mixed:
         return images, labels
-    return mixed, soft_labels(labels, partner, share, classes=classes)
+    images, partner, share = mixed[0]
+    if len(mixed) == 2:  # each image gets one or the other
+        first = send(torch.rand(len(images), generator=draws["cutmix or mixup"]) < 0.5, images.device)
+        images = torch.where(first[:, None, None, None], images, mixed[1][0])
+        partner, share = (torch.where(first, a, b) for a, b in zip(mixed[0][1:], mixed[1][1:], strict=True))
+    return images, soft_labels(labels, partner, share, classes=classes)
 
 
 def soft_labels(labels: Tensor, partner: Tensor, share: Tensor, *, classes: int) -> Tensor:

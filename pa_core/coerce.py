@@ -6,17 +6,15 @@ Each function runs before pydantic's own coercion and raises ValueError, whose t
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, StringConstraints
 
 from pa_core.errors import did_you_mean
 from pa_core.schedule import ScheduleError, normal
 
 AUGMENTATIONS = ("flip", "rotate", "crop", "erase", "cutmix", "mixup")
-WEIGHT_FILES = (".safetensors", ".pth", ".pt")
 
 
 def _text(value: Any) -> Any:
@@ -25,15 +23,6 @@ def _text(value: Any) -> Any:
     if not plain or not str(value).strip():
         raise ValueError("must be a text that is not empty")
     return str(value).strip()
-
-
-def _pretrained(value: Any) -> bool | str:
-    text = str(value).strip()
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if Path(text).suffix.lower() in WEIGHT_FILES:
-        return text
-    raise ValueError("must be true, false, or the path of a weights file (.safetensors, .pth or .pt)")
 
 
 def _schedule(value: Any) -> str:
@@ -58,29 +47,12 @@ def _augment(value: Any) -> str:
     return ",".join(name for name in AUGMENTATIONS if name in names)
 
 
-def _batch_size(value: Any) -> Any:
-    if isinstance(value, str) and value.strip().lower() == "auto":
-        return "auto"
-    text = str(value).strip().removesuffix(".0")
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ValueError("must be a whole number of at least 1, or auto")
-    return int(text)
-
-
-def _device(value: Any) -> str:
-    text = str(value).strip().lower()
-    kind, colon, number = text.partition(":")
-    if text in ("auto", "cpu", "cuda", "mps") or (kind == "cuda" and colon and number.isdigit()):
-        return text
-    raise ValueError("must be one of auto, cpu, cuda, cuda:N, mps")
-
-
 Text = Annotated[str, BeforeValidator(_text)]
 Name = Annotated[str, AfterValidator(str.lower), BeforeValidator(_text)]
-Pretrained = Annotated[bool | str, BeforeValidator(_pretrained)]
+Pretrained = bool | Annotated[str, StringConstraints(pattern=r"(?i)\.(safetensors|pth|pt)$")]
 Schedule = Annotated[str, BeforeValidator(_schedule)]
 Augment = Annotated[str, BeforeValidator(_augment)]
-BatchSize = Annotated[int | str, BeforeValidator(_batch_size)]
-Device = Annotated[str, BeforeValidator(_device)]
+BatchSize = Annotated[int, Ge(1)] | Literal["auto"]
+Device = Annotated[str, StringConstraints(to_lower=True, pattern=r"(?i)^(auto|cpu|mps|cuda(:\d+)?)$")]
 Share = Annotated[float, Gt(0), Le(1)]
 Probability = Annotated[float, Ge(0), Le(1)]

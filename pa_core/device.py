@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,8 @@ def numerics(experiment: Experiment, *, threads: int | None = None) -> Iterator[
     same bits again, as PyTorch's notes on reproducibility ask for. ``threads``: how many a run began with, since the
     sums of a float depend on it.
     """
-    matmul, cudnn, before = torch.backends.cuda.matmul, torch.backends.cudnn, torch.get_num_threads()
+    backends: Any = torch.backends
+    matmul, cudnn, before = backends.cuda.matmul, backends.cudnn, torch.get_num_threads()
     flags = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled()
     matmul.allow_tf32 = cudnn.allow_tf32 = experiment.tf32
@@ -77,13 +79,13 @@ AUTO_BATCHES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 def auto_batch_size(model: nn.Module, *, image_size: int, n: int, device: torch.device, dtype: torch.dtype) -> int:
     """A good power of two for this model and device; the model and the RNG are left as they are.
 
-    On CUDA the largest whose training step leaves a tenth of the memory free, with all that lies there already; on a CPU
-    the one of 32 to 256 with the highest throughput. At least 8 steps remain in an epoch.
+    On CUDA the largest whose training step leaves a tenth of the memory free, with all that lies there already; on a
+    CPU the one of 32 to 256 with the highest throughput. At least 8 steps remain in an epoch.
     """
     allowed = [b for b in AUTO_BATCHES if b * 8 <= n and (device.type == "cuda" or b <= 256)] or [min(32, max(1, n))]
     best, best_rate = allowed[0], 0.0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        trial = copy.deepcopy(model).to(device, memory_format=memory_format(device)).train()
+        trial = copy.deepcopy(model).to(device).to(memory_format=memory_format(device)).train()
         for size in allowed:
             try:
                 rate = _throughput(trial, size, image_size=image_size, device=device, dtype=dtype)

@@ -62,6 +62,8 @@ def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
         raise ParameterError("runs_dir", e.runs_dir, allowed) from error
     waiting = f"another process trains {path.name}; waiting for it"
     with files.lock(path / "lock", waiting, log), torch.random.fork_rng():
+        for leftover in path.glob("*.part"):  # of a process killed while it wrote; who holds the lock writes alone
+            leftover.unlink()
         if Run(path).finished:
             runs.remove_checkpoint(path)  # of a process killed between the two
             log(f"finished before: {shown(path)}")

@@ -110,7 +110,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Names and values of a YAML file, an empty file has none; ParameterError where it holds anything else."""
     try:
-        content = yaml.load(Path(path).read_text(), _Loader)  # noqa: S506, a SafeLoader
+        content = yaml.load(Path(path).read_text(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ParameterError("file", str(path), f"must be a YAML file that can be read ({reason})") from error

@@ -57,7 +57,7 @@ class Parameters(BaseModel):
     fold: Annotated[int, Ge(0)] = _p(0, "which of them, from 0")
     # model
     model: Text = _p("test_resnet", "any timm name")
-    pretrained: Pretrained = _p(False, "true, false, or a weights file")
+    pretrained: Pretrained = _p(False, "true, false, or a weights file (.safetensors, .pth or .pt)")
     # explanation
     xai: Name = _p("gradcam++", "explanation method; docs/methods.md has all")
     xai_target: Literal["predicted", "label"] = _p("predicted", "which class is explained")
@@ -103,7 +103,7 @@ class Parameters(BaseModel):
     weight_decay: Annotated[float, Ge(0)] = _p(1e-2, "decoupled with adamw")
     scheduler: Literal["onecycle", "cosine", "constant"] = _p("onecycle", "learning rate over the whole run")
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = _p(0.0, "share of the label that is spread over all classes")
-    batch_size: BatchSize = _p(64, "a number, or auto")
+    batch_size: BatchSize = _p(64, "a whole number of at least 1, or auto")
     # machine
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _p("auto", "auto is bf16 or fp16 on CUDA, fp32 elsewhere")
     tf32: bool = _p(False, "float32 products in TF32, on CUDA")
@@ -118,13 +118,16 @@ class Parameters(BaseModel):
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
         """A value as papermill, YAML or a DataFrame hands it over, in the form that the field's type reads."""
         value = value.item() if hasattr(value, "item") else value  # numpy scalars
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         kind = cls.model_fields[info.field_name or ""].annotation
-        if get_origin(kind) is Literal or kind is bool:
-            return "none" if value is None else value.strip().lower() if isinstance(value, str) else value
-        if type(None) in get_args(kind):
-            return None if str(value).strip().lower() == "none" else value
-        if isinstance(value, bool) and kind in (int, float):
-            raise ValueError("must be a number")
+        members = get_args(kind) or (kind,)
+        text = value.strip().lower() if isinstance(value, str) else value
+        if isinstance(value, bool) and {int, float} & {(get_args(m) or [m])[0] for m in members}:
+            value = str(value)  # Python takes True for 1
+        if type(None) in members:
+            return None if text == "none" else value
+        if get_origin(kind) is Literal or bool in members and text in ("true", "false") or text == "auto":
+            return "none" if value is None else text
         return value
 
 
@@ -136,10 +139,6 @@ class Experiment(Parameters):
     """
 
     def __init__(self, **values: Any):
-        for name, value in values.items():
-            if name not in Parameters.model_fields:
-                allowed = f"must be a parameter's name{did_you_mean(name, Parameters.model_fields)}"
-                raise ParameterError(name, value, f"{allowed}; docs/parameters.md lists them")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -249,7 +248,8 @@ _ELSEWHERE = frozenset("data_dir device runs_dir bad_images image_size".split())
 
 def _without_effect(e: Experiment) -> set[str]:
     """Names of parameters whose value changes nothing in this run."""
-    unused, count = set(_ELSEWHERE), steps(e.schedule)
+    unused: set[str] = set(_ELSEWHERE)
+    count = steps(e.schedule)
     rules: list[tuple[bool, Iterable[str]]] = [
         (not count, PROXY_PARAMETERS),
         (count == 1, {"keep_proxies"}),
@@ -338,8 +338,6 @@ def check(name: str, value: Any) -> Any:
     Raises:
         ParameterError: the value is not allowed, or there is no such parameter.
     """
-    if name not in PARAMETERS:
-        raise ParameterError(name, value, f"must be a parameter's name{did_you_mean(name, PARAMETERS)}")
     try:
         return getattr(Parameters(**{name: value}), name)
     except ValidationError as error:
@@ -349,11 +347,18 @@ def check(name: str, value: Any) -> Any:
 def _refusal(error: ValidationError) -> ParameterError:
     """The first thing that pydantic found, in one sentence."""
     first = error.errors()[0]
-    name = str(first["loc"][0])
-    reason = first.get("ctx", {}).get("error")
-    known = PARAMETERS[name]
-    allowed = str(reason) if reason else f"must be {known.allowed or 'a text'}"
-    return ParameterError(name, first["input"], allowed + did_you_mean(first["input"], known.choices))
+    name, value = str(first["loc"][0]), first["input"]
+    if name not in PARAMETERS:
+        return unknown(name, value, PARAMETERS)
+    known, reason = PARAMETERS[name], first.get("ctx", {}).get("error")
+    allowed = str(reason) if reason else f"must be {known.allowed or known.description}"
+    return ParameterError(name, value, allowed + did_you_mean(value, known.choices))
+
+
+def unknown(name: str, value: Any, known: Iterable[str]) -> ParameterError:
+    """Why a name that is no parameter is refused, with the nearest one."""
+    allowed = f"must be a parameter's name{did_you_mean(name, known)}; docs/parameters.md lists them"
+    return ParameterError(name, value, allowed)
 
 
 def markdown() -> str:
@@ -370,8 +375,7 @@ def refuse_unknown(namespace: Mapping[str, Any], known: Iterable[str]) -> None:
     names = list(known)
     for name in _assigned(namespace.get("In", [])):
         if name not in names:
-            allowed = f"must be a parameter's name{did_you_mean(name, names)}; docs/parameters.md lists them"
-            raise ParameterError(name, namespace.get(name), allowed)
+            raise unknown(name, namespace.get(name), names)
 
 
 def assigned(source: str) -> list[str]:

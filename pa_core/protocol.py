@@ -94,9 +94,7 @@ def draws(n: int, experiment: Experiment) -> int:
 def check(experiment: Experiment, n: int) -> None:
     """Raises ParameterError where there is nothing to halve."""
     if experiment.protocol != "clean" and _count(n, experiment) < 2:
-        allowed = (
-            f"it draws {_count(n, experiment)} of {n} images, and there must be two to halve; allowed is a larger one"
-        )
+        allowed = f"must be larger: it draws {_count(n, experiment)} of {n} images, and there must be two to halve"
         raise ParameterError("train_fraction", experiment.train_fraction, allowed)
 
 

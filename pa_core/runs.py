@@ -142,8 +142,9 @@ def update_manifest(path: Path, **changes: Any) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    with replacing(path / "checkpoint.pt") as temporary:
-        torch.save(state, temporary)
+    # given a path, torch writes by itself, and a full disk would be a RuntimeError about positions in the archive
+    with replacing(path / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path: Path, log: Callable[[str], None] = print) -> dict[str, Any] | None:

@@ -229,7 +229,7 @@ def create_state(
     takes one step per batch; ``lr`` is its highest value.
     """
     e, schedulers = experiment, torch.optim.lr_scheduler
-    model.to(device, memory_format=memory_format(device))
+    model.to(device).to(memory_format=memory_format(device))
     common = {"lr": e.lr, "weight_decay": e.weight_decay, "fused": True}
     if e.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **common)
@@ -247,7 +247,7 @@ def create_state(
 
 
 def try_compile(state: State, example: Tensor, log: Callable[[str], None] = print) -> str:
-    """Compile the training step's forward pass; when that fails, say why and train without: ``compiled``, or the reason.
+    """Compile the training step's forward pass, or say why not and train without: ``compiled``, or the reason.
 
     Tried on a copy, forward and backward, so that the model itself and the RNG stay as they are.
 

@@ -30,7 +30,7 @@ FAMILIES = {
 RELU = {"ResNet", "ResNet, pruned", "VGG", "DenseNet", "RegNet"}
 TRANSFORMERS = {"ViT", "DeiT, distilled"}
 SERVES = {"attention_rollout": TRANSFORMERS, "chefer": TRANSFORMERS}
-SERVES |= {method: RELU for method in ("guided_backprop", "deconvolution", "guided_gradcam", "deeplift")}
+SERVES |= dict.fromkeys(("guided_backprop", "deconvolution", "guided_gradcam", "deeplift"), RELU)
 """Which families a method can explain, where it is not all of them. Written out: a refusal too many is seen."""
 
 FEW_CHANNELS = {

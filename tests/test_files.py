@@ -23,14 +23,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError):
         files.write_json(path, {"a": float("nan")})  # no JSON
     assert files.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["summary.json"]
+    with open(path) as reader:  # one that had opened it reads the old one on
+        files.write_json(path, {"a": 2})
+        assert '"a": 1' in reader.read() and files.read_json(path) == {"a": 2}
 
 
 def test_what_cannot_be_written_is_named_and_the_old_one_stays(tmp_path):
     path = tmp_path / "summary.json"
     files.write_json(path, {"a": 1})
-    with pytest.raises(RunError, match=r"summary.json cannot be written \(No space left on device\)"):
-        with files.replacing(path):
-            raise OSError(28, "No space left on device")
+    refused = pytest.raises(RunError, match=r"summary.json cannot be written \(No space left on device\)")
+    with refused, files.replacing(path):
+        raise OSError(28, "No space left on device")
     try:
         raise OSError(28, "No space left on device")
     except OSError:

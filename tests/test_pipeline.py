@@ -137,7 +137,7 @@ def test_every_augmentation_trains_and_has_an_effect(part):
         fast_path(Experiment(batch_size=16, augment=kind), part)[0] for kind in ("none", *EVERY.split(","), EVERY)
     ]
     assert len({row["train_loss"] for row in losses}) == len(losses)
-    assert all(0.1 < row["train_accuracy"] < 1 and np.isfinite(row["train_loss"]) for row in losses)
+    assert all(0 < row["train_accuracy"] < 1 and np.isfinite(row["train_loss"]) for row in losses)
 
 
 def test_the_first_step_that_is_not_finite_is_named(part):
