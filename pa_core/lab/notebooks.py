@@ -62,11 +62,9 @@ def refuse_edited(path: Path) -> None:
         return
     found, wanted = (text.splitlines() for text in (parameters_source(path), parameters_cell(path.stem)))
     if found != wanted:
-        more, less = [line for line in found if line not in wanted], [line for line in wanted if line not in found]
-        here, there = (", ".join(line.split("  #")[0] for line in lines) or "nothing" for lines in (more, less))
+        other = ", ".join(line.split("  #")[0] for line in found if line not in wanted) or "fewer or in another order"
         how = "undo it (git checkout, or python -m pa_core.lab.notebooks write), or work in a copy (make lab)"
-        allowed = f"must have the default parameters, not {here} in place of {there}: {how}"
-        raise ParameterError("notebook", shown(path), allowed)
+        raise ParameterError("notebook", shown(path), f"must have the default parameters, not {other}: {how}")
 
 
 def write(path: Path) -> None:

@@ -134,7 +134,7 @@ def _arms(path: Path, file: StudyFile) -> dict[str, Experiment]:
             raise ParameterError(f"{path.stem}: arms.{arm}", given, allowed)
         for number, one in enumerate(each):
             values = read_yaml(path.parent / one) if isinstance(one, str) else base | one
-            made = sweep.experiment(values, {str(name): f"{path.stem}: arms.{arm}.{name}" for name in values})
+            made = sweep.experiment(values, lambda name, arm=arm: f"{path.stem}: arms.{arm}.{name}")
             arms[f"{file.datasets[number] if file.datasets else made.dataset}{BETWEEN}{arm}"] = made
     return arms
 

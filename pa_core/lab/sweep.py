@@ -17,9 +17,8 @@ way. Importing this module loads neither torch nor Dask.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import importlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -29,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,13 +89,6 @@ class Job:
     cell: str = ""  # that raised it
     kept: str = ""  # what is left of it
 
-    @cached_property
-    def key(self) -> str:
-        """The same for two jobs whose parameters make the same run (12 hex digits)."""
-        e = self.experiment
-        places = [e.dataset, e.data_dir, e.image_size, e.bad_images, e.pretrained, e.runs_dir]
-        return hashlib.sha256(json.dumps([e.effective(), places], sort_keys=True).encode()).hexdigest()[:12]
-
 
 @dataclass(kw_only=True, eq=False)
 class Sweep:
@@ -110,9 +103,9 @@ class Sweep:
     def of(cls, name: str, named: Iterable[tuple[str, Experiment]], notebook: Path | None = None) -> Sweep:
         """A sweep of (arm, experiment): what makes the same run is one job, which belongs to all their arms."""
         named, jobs = list(named), {}
-        for arm, experiment in named:
-            job = Job(experiment=experiment, arms=[])
-            job = jobs.setdefault(job.key, job)
+        for arm, e in named:
+            places = [e.dataset, e.data_dir, e.image_size, e.bad_images, e.pretrained, e.runs_dir]
+            job = jobs.setdefault(str([e.effective(), places]), Job(experiment=e, arms=[]))
             job.arms += [arm] if arm not in job.arms else []
         return cls(name=name, notebook=notebook, jobs=list(jobs.values()), combinations=len(named))
 
@@ -127,18 +120,12 @@ class Sweep:
         return "  ".join(filter(None, [", ".join(job.arms), values])) or job.experiment.schedule
 
     @cached_property
-    def _identify(self) -> Callable[..., Any]:
-        from pa_core import data
+    def locate(self) -> Callable[[Experiment], Path]:
+        """`experiment.locate`, but each dataset is looked up once."""
+        from pa_core import data, experiment
 
-        return cache(data.identify)  # each dataset is looked up once
-
-    def locate(self, job: Job) -> Path:
-        """Where a job's run lies, or will lie."""
-        from pa_core import experiment
-
-        names = ("dataset", "data_dir", "bad_images", "image_size")
-        identity = self._identify(**{name: getattr(job.experiment, name) for name in names})
-        return experiment.locate(job.experiment, identity=identity)
+        names, identify = ("dataset", "data_dir", "bad_images", "image_size"), cache(data.identify)
+        return lambda e: experiment.locate(e, identity=identify(**{name: getattr(e, name) for name in names}))
 
     @property
     def runs_dir(self) -> str:
@@ -146,7 +133,6 @@ class Sweep:
 
     @property
     def to_do(self) -> list[Job]:
-        """The jobs that are not finished."""
         return [job for job in self.jobs if job.status != FINISHED]
 
 
@@ -159,38 +145,35 @@ def read(path: str | os.PathLike) -> Sweep:
 def expand(content: Mapping[str, Any], *, name: str = "sweep", folder: Path | None = None) -> Sweep:
     """Every combination of grid, arms and seeds of a sweep file's content, checked.
 
-    Args:
-        folder: where relative paths of ``notebook`` and ``base`` begin; the working directory by default.
-
-    Raises:
-        ParameterError: the file cannot be read, or a key or a value in it is not allowed; the message names both.
+    Relative paths of ``notebook`` and ``base`` begin in ``folder``, by default the working directory. ParameterError
+    where a key or a value is not allowed; the message names both.
     """
     folder, file = folder or Path.cwd(), checked(SweepFile, content, name=name)
-    axes = {parameter: (f"grid.{parameter}", values) for parameter, values in file.grid.items()}
-    if file.seeds and "seed" in axes:
+    if file.seeds and "seed" in file.grid:
         raise ParameterError(f"{name}: grid.seed", file.grid["seed"], "must not be set here: seeds sets it")
-    axes |= {"seed": ("seeds", file.seeds)} if file.seeds else {}
+    axes = file.grid | ({"seed": file.seeds} if file.seeds else {})
+    of = {parameter: f"grid.{parameter}" for parameter in file.grid} | ({"seed": "seeds"} if file.seeds else {})
     if not (axes or file.arms):
         raise ParameterError(f"{name}: keys", sorted(map(str, content)), "must include one of grid, arms and seeds")
-    for place, values in axes.values():
+    for parameter, values in axes.items():
         if not values or any(value in values[:i] for i, value in enumerate(values)):
-            raise ParameterError(f"{name}: {place}", values, "must be a list of values, none of them twice")
-    base = read_yaml(folder / Path(file.base).expanduser()) if isinstance(file.base, str) else file.base
-    named = []
-    for arm, own in (file.arms or {"": {}}).items():
-        places = {str(p): f"{name}: base.{p}" for p in base} | {str(p): f"{name}: arms.{arm}.{p}" for p in own or {}}
-        for parameter in (own or {}).keys() & axes.keys():
-            allowed = f"must not be set here: {axes[parameter][0]} sets it"
-            raise ParameterError(places[parameter], (own or {})[parameter], allowed)
-        places |= {parameter: f"{name}: {place}" for parameter, (place, _) in axes.items()}
-        for values in itertools.product(*(values for _, values in axes.values())):
-            named.append((arm, experiment({**base, **(own or {}), **dict(zip(axes, values, strict=True))}, places)))
+            raise ParameterError(f"{name}: {of[parameter]}", values, "must be a list of values, none of them twice")
+    base, named = read_yaml(folder / Path(file.base).expanduser()) if isinstance(file.base, str) else file.base, []
+    for arm, given in (file.arms or {"": {}}).items():
+        own = given or {}
+        for parameter in own.keys() & axes.keys():
+            allowed = f"must not be set here: {of[parameter]} sets it"
+            raise ParameterError(f"{name}: arms.{arm}.{parameter}", own[parameter], allowed)
+        places = {p: f"base.{p}" for p in base} | {p: f"arms.{arm}.{p}" for p in own} | of
+        for values in itertools.product(*axes.values()):
+            parameters = {**base, **own, **dict(zip(axes, values, strict=True))}
+            named.append((arm, experiment(parameters, lambda p, places=places: f"{name}: {places.get(p, p)}")))
     if len(folders := {experiment.runs_dir for _, experiment in named}) > 1:
         raise ParameterError(f"{name}: runs_dir", sorted(folders), "must be one folder for all runs, set in base")
     return Sweep.of(name, named, _notebook(f"{name}: notebook", file.notebook, folder))
 
 
-def experiment(parameters: Mapping[str, Any], places: Mapping[str, str]) -> Experiment:
+def experiment(parameters: Mapping[str, Any], place: Callable[[str], str]) -> Experiment:
     """An experiment; a refusal names the parameter's place in the file."""
     try:
         return Experiment.from_mapping(parameters)
@@ -198,7 +181,7 @@ def experiment(parameters: Mapping[str, Any], places: Mapping[str, str]) -> Expe
         split = error.name == "schedule" or (error.name not in PARAMETERS and error.value is None)
         hint = "; quote a schedule where YAML would take it apart: '20,p,20'"
         allowed = error.allowed + (hint if split and "quote" not in error.allowed else "")
-        raise ParameterError(places.get(error.name, error.name), error.value, allowed) from None
+        raise ParameterError(place(error.name), error.value, allowed) from None
 
 
 def _notebook(place: str, text: str, folder: Path) -> Path | None:
@@ -223,10 +206,8 @@ def _notebook(place: str, text: str, folder: Path) -> Path | None:
 def _known(runs_dir: str) -> pd.DataFrame:
     """The finished runs of a folder; torch is not loaded where there is none."""
     if not any(runs_home(runs_dir).glob("*/manifest.json")):
-        return pd.DataFrame(columns=["run", "schedule", "dataset", "model"])
-    from pa_core.lab import results
-
-    frame = results.load(runs_dir)
+        return pd.DataFrame()
+    frame = importlib.import_module("pa_core.lab.results").load(runs_dir)
     return frame.loc[frame["status"] == FINISHED]
 
 
@@ -236,14 +217,18 @@ def look_up(sweep: Sweep) -> None:
     A job is looked up, with its data, only if some finished run has its dataset, model and schedule: nothing is
     downloaded for it.
     """
+    for job in sweep.jobs:
+        job.status, job.run = TO_DO, None
     known, alike = _known(sweep.runs_dir), ["dataset", "model", "schedule"]
+    if known.empty:
+        return
     there, runs = {tuple(row) for row in known[alike].to_numpy()}, set(known["run"])
     others = {name.rpartition("-")[0] for name in runs}  # a directory's name ends in the code version
     for job in sweep.jobs:
-        job.status, job.run = TO_DO, None
-        if tuple(getattr(job.experiment, name) for name in alike) in there:
+        e = job.experiment
+        if tuple(getattr(e, name) for name in alike) in there:
             try:
-                path = sweep.locate(job)
+                path = sweep.locate(e)
             except ParameterError:
                 continue  # the run itself will say what is wrong, and where
             if path.name in runs:
@@ -272,12 +257,11 @@ def estimate(sweep: Sweep, *, workers: int) -> float | None:
     """
     if (known := _known(sweep.runs_dir)).empty:
         return None
-    names = ["dataset", "data_dir", "model"]
-    alike = known[names].fillna("").assign(epochs=known["epochs"].astype(int)).apply(tuple, axis=1)
-    mean = (known["train_seconds"] + known["proxy_seconds"]).groupby(alike).mean().to_dict()
-    asked = [job.experiment for job in sweep.to_do]
-    seconds = [mean.get((*(getattr(e, name) or "" for name in names), e.length)) for e in asked]
-    return None if None in seconds else sum(filter(None, seconds)) / max(1, min(workers, len(seconds)))
+    alike = [known["dataset"], known["data_dir"].fillna(""), known["model"], known["epochs"]]
+    mean = (known["train_seconds"] + known["proxy_seconds"]).groupby(alike).mean()
+    todo = [job.experiment for job in sweep.to_do]
+    each = [mean.get((e.dataset, e.data_dir or "", e.model, e.length)) for e in todo]
+    return None if None in each else sum(filter(None, each)) / max(1, min(workers, len(each)))
 
 
 # The sweep
@@ -288,13 +272,8 @@ def run(
 ) -> pd.DataFrame:
     """Make the runs of a sweep that are not finished yet.
 
-    Args:
-        source: a sweep file, or what it would hold.
-        dry_run: only list the runs.
-        where: ``workers``, ``threads``, ``scheduler`` and ``cluster``, see `workers.pool`; by default this machine.
-
-    Returns:
-        See :func:`table`; a failed run has its error and cell there.
+    ``source`` is a sweep file, or what it would hold; a dry run only lists the runs; ``where`` are ``workers``,
+    ``threads``, ``scheduler`` and ``cluster``, see `workers.pool`, by default this machine. Returns :func:`table`.
 
     Raises:
         ParameterError: before the first run: the file asks for something that does not exist, or Dask is missing.
@@ -319,7 +298,13 @@ def run(
         except ImportError as error:
             allowed = "must be installed: pip install 'pa-core[sweep]', or -r requirements.txt"
             raise ParameterError("dask", str(error.name).partition(".")[0], allowed) from error
-        folder = _folder(sweep)
+        above = runs_home(sweep.runs_dir) / "sweeps" / sweep.name
+        try:
+            above.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            allowed = f"must be a folder to write in ({error.strerror})"
+            raise ParameterError("runs_dir", sweep.runs_dir, allowed) from error
+        folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=above))  # of this sweep's own
         try:
             with pool(len(todo), cpu=all(job.experiment.device == "cpu" for job in todo), **where) as workers:
                 _make(sweep, folder, workers, log)
@@ -327,16 +312,6 @@ def run(
             table(sweep).to_csv(folder / "report.csv", index=False)
             log(f"the report is {shown(folder / 'report.csv')}")
     return table(sweep)
-
-
-def _folder(sweep: Sweep) -> Path:
-    """Of this sweep's own: for what is under way, what failed, and the report."""
-    above = runs_home(sweep.runs_dir) / "sweeps" / sweep.name
-    try:
-        above.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ParameterError("runs_dir", sweep.runs_dir, f"must be a folder to write in ({error.strerror})") from error
-    return Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=above))
 
 
 def _parameters(sweep: Sweep, job: Job, place: Path) -> dict[str, Any]:
@@ -361,16 +336,16 @@ def _make(sweep: Sweep, folder: Path, pool: Any, log: Log) -> None:
     expected = duration(estimate(sweep, workers=pool.count))
     log(f"{pool.count} at a time, threads of each: {pool.threads}{gpus}; {expected}")
     futures, todo, environment = {}, sweep.to_do, pool.environment
-    for job in todo:
-        place = folder / job.key
+    for number, job in enumerate(todo):
+        place = folder / str(number)
         task = (place, _parameters(sweep, job, place), sweep.notebook, environment, pool.gpus)
-        options = {"key": f"{folder.name}-{job.key}", "retries": RETRIES, "resources": pool.resources}
-        futures[pool.client.submit(execute, *task, **options)] = job
+        options = {"key": f"{folder.name}-{number}", "retries": RETRIES, "resources": pool.resources}
+        futures[pool.client.submit(execute, *task, **options)] = job, place
     started = time.perf_counter()
     try:
         for count, future in enumerate(as_completed(futures, loop=pool.client.loop), 1):
-            job = futures[future]
-            _note(job, future, folder / job.key)
+            job, place = futures[future]
+            _note(job, future, place, sweep.locate)
             left = (time.perf_counter() - started) / count * (len(todo) - count)
             what = ", ".join(filter(None, [job.error, job.cell])) or (job.run.name if job.run else "")
             after = f"; {duration(left)} left" if left else ""
@@ -381,15 +356,13 @@ def _make(sweep: Sweep, folder: Path, pool: Any, log: Log) -> None:
         raise
 
 
-def _note(job: Job, future: Any, place: Path) -> None:
+def _note(job: Job, future: Any, place: Path, locate: Callable[[Experiment], Path]) -> None:
     """Note how a job ended. It is finished only if the run with its identity is."""
-    from pa_core import experiment
-
     if future.status == FINISHED:
         job.error, job.cell = future.result()
     else:
         job.error = " ".join(str(future.exception() if future.status == "error" else "it was cancelled").split())
-    path = None if job.error else experiment.locate(job.experiment)
+    path = None if job.error else locate(job.experiment)
     if path and read_json(path / "manifest.json").get("status") == FINISHED:
         job.status, job.run = FINISHED, path
         for name in ("notebook.ipynb", "figures"):  # what another sweep put there first, stays
@@ -404,11 +377,8 @@ def _note(job: Job, future: Any, place: Path) -> None:
 
 
 def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "no finished run tells how long they take"
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+    """``about 1:05:00``."""
+    return "no finished run tells how long" if seconds is None else f"about {timedelta(seconds=round(seconds))}"
 
 
 # The command
@@ -417,7 +387,7 @@ def duration(seconds: float | None) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """Exit status: 0 when every run is finished, 1 when some failed, 2 when the file is refused, 130 when stopped."""
     parser = argparse.ArgumentParser(prog="python -m pa_core.lab.sweep", description="Make the runs of a sweep file.")
-    parser.add_argument("file", help="a YAML file with the keys notebook, base, grid, arms, seeds")
+    parser.add_argument("file", help=f"a YAML file with the keys {', '.join(SweepFile.model_fields)}")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, start none")
     add_shares(parser)
     where = parser.add_mutually_exclusive_group()
@@ -432,12 +402,12 @@ def add_shares(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="threads of each run; by default cores divided by workers")
 
 
-def _report(file: str, **options: Any) -> int:
-    frame = run(file, **options)
+def _report(*, file: str, dry_run: bool, **where: Any) -> int:
+    frame = run(file, dry_run=dry_run, **where)
     failed = frame.loc[frame["status"] == FAILED].drop_duplicates(["error", "cell", "kept"])
     for row in failed.to_dict("records"):
         print(f"failed: {row['error']}\n    {row['cell'] or 'no cell'}\n    {row['kept']}", file=sys.stderr)
-    if not options["dry_run"]:
+    if not dry_run:
         done = list(frame["status"]).count(FINISHED)
         print(f"{done} of {len(frame)} finished, {len(frame) - done} failed")
     return 1 if len(failed) else 0

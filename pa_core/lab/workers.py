@@ -29,18 +29,17 @@ from pa_core.errors import ParameterError, did_you_mean
 from pa_core.files import data_home, read_yaml, runs_home
 from pa_core.params import Experiment
 
-CONNECT_SECONDS = 10
-"""How long a Dask scheduler has to answer."""
+CONNECT_SECONDS = 10  # that a Dask scheduler has to answer
 TRIM = "MALLOC_TRIM_THRESHOLD_"
 """Dask has its workers return memory at once, and what they start inherits it: training is a third slower then."""
 SETTINGS = {
     f"distributed.nanny.pre-spawn-environ.{TRIM}": None,
     "distributed.scheduler.allowed-failures": 10,  # workers that die while they make the same run
 }
+# A worker of a running cluster may have several threads; torch's generator and thread count are the process's.
 _ONE_AT_A_TIME = threading.Lock()
-"""A worker of a running cluster may have several threads; torch's generator and thread count are the process's."""
+# A terminal's Ctrl-C is for the sweep, which ends its workers. What they start would inherit SIG_IGN.
 _IGNORE_CTRL_C = "import signal\nsignal.signal(signal.SIGINT, lambda *_: None)\n"
-"""A terminal's Ctrl-C is for the sweep, which ends its workers. What they start would inherit SIG_IGN."""
 
 # papermill in a process that ends when its standard input does, which is when the sweep is stopped or the worker dies
 # in whatever way: no run goes on unseen. The kernel is interrupted, to note it in its run, and ends with papermill.
@@ -98,31 +97,24 @@ def gpus() -> tuple[str, ...]:
 # On a worker
 
 
-class Outcome(NamedTuple):
-    """How a run ended: both empty when all went well."""
-
-    error: str = ""
-    cell: str = ""  # of the notebook, which raised the error
-
-
 def execute(
     place: Path, parameters: dict[str, Any], notebook: Path | None, environment: dict[str, str], gpus: tuple[str, ...]
-) -> Outcome:
-    """On a worker: make a run, by papermill, or in this process where there is no notebook.
+) -> tuple[str, str]:
+    """On a worker: make a run, by papermill or, without a notebook, in this process. ``place`` is a folder to keep.
 
-    Args:
-        place: a folder for log, parameters and executed notebook.
-        gpus: one of them is for this run, by the worker's number; without any, the worker's environment says it.
+    Returns:
+        Error and the notebook's cell that raised it, both empty when all went well.
 
     Raises:
-        RuntimeError: its process died without an error of its own, or was stopped; Dask starts a run that died again.
+        RuntimeError: its process died without an error of its own; Dask starts the run again.
     """
-    if gpus:
+    if gpus:  # one for each worker of this machine; elsewhere its environment says which it has
         environment = environment | {"CUDA_VISIBLE_DEVICES": gpus[int(get_worker().name) % len(gpus)]}
     place.mkdir(exist_ok=True)
     with open(place / "log.txt", "a") as log:
         if notebook:
-            return _by_papermill(place, parameters, notebook, environment, log)
+            (place / "parameters.yaml").write_text(yaml.safe_dump(parameters, sort_keys=False))
+            return _by_papermill(place, notebook, environment, log)
         with _ONE_AT_A_TIME:
             return _here(parameters, environment, log)
 
@@ -134,11 +126,8 @@ def _stopped() -> bool:
     return task is None or task.state == "cancelled"
 
 
-def _by_papermill(
-    place: Path, parameters: dict[str, Any], notebook: Path, environment: dict[str, str], log: TextIO
-) -> Outcome:
+def _by_papermill(place: Path, notebook: Path, environment: dict[str, str], log: TextIO) -> tuple[str, str]:
     output, values = place / "notebook.ipynb", place / "parameters.yaml"
-    values.write_text(yaml.safe_dump(parameters, sort_keys=False))
     output.unlink(missing_ok=True)
     command = [sys.executable, "-c", _PAPERMILL, str(notebook), str(output), "-f", str(values), *_OPTIONS]
     environment = {name: value for name, value in os.environ.items() if name != TRIM} | environment
@@ -147,27 +136,25 @@ def _by_papermill(
     with subprocess.Popen(command, env=environment, start_new_session=True, **files) as process:
         while process.poll() is None and not _stopped():
             time.sleep(0.1)
-    code = process.returncode
-    outcome = raised(output) if code else Outcome()
-    if code and not outcome.error:
-        last = ((place / "log.txt").read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code} and no error in a cell"
-        raise RuntimeError(f"its process {how}; its last output: {last}")
-    return outcome
+    error, cell = raised(output) if process.returncode else ("", "")
+    if process.returncode and not error:
+        last = ["nothing", *filter(str.strip, (place / "log.txt").read_text(errors="replace").splitlines())][-1]
+        raise RuntimeError(f"its process ended with status {process.returncode}; its last output: {last}")
+    return error, cell
 
 
-def raised(notebook: Path) -> Outcome:
-    """The error that ended an executed notebook, and its cell's last line."""
+def raised(notebook: Path) -> tuple[str, str]:
+    """The error that ended an executed notebook, and its cell's last line; two empty texts where there is none."""
     text = notebook.read_text() if notebook.is_file() else ""
     for cell in json.loads(text or '{"cells": []}')["cells"]:
         for output in cell.get("outputs", []):
             if output.get("output_type") == "error":
                 last = ["", *filter(str.strip, "".join(cell["source"]).splitlines())][-1]
-                return Outcome(f"{output['ename']}: {output['evalue']}", f"In [{cell.get('execution_count')}]: {last}")
-    return Outcome()
+                return f"{output['ename']}: {output['evalue']}", f"In [{cell.get('execution_count')}]: {last}"
+    return "", ""
 
 
-def _here(parameters: dict[str, Any], environment: dict[str, str], log: TextIO) -> Outcome:
+def _here(parameters: dict[str, Any], environment: dict[str, str], log: TextIO) -> tuple[str, str]:
     os.environ.update(environment)  # before CUDA is asked for anything; a worker keeps its GPU
     torch, experiment = (importlib.import_module(name) for name in ("torch", "pa_core.experiment"))
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
@@ -183,8 +170,8 @@ def _here(parameters: dict[str, Any], environment: dict[str, str], log: TextIO) 
         raise RuntimeError("the sweep was stopped") from interrupt
     except Exception as error:  # whatever it is, it is this run's result, and the others go on
         traceback.print_exc(file=log)
-        return Outcome(f"{type(error).__name__}: {error}")
-    return Outcome()
+        return f"{type(error).__name__}: {error}", ""
+    return "", ""
 
 
 # Workers
@@ -213,22 +200,17 @@ class Pool(NamedTuple):
 def pool(
     jobs: int,
     *,
-    workers: int | None = None,
-    threads: int | None = None,
-    cpu: bool = False,
     scheduler: str | None = None,
     cluster: str | os.PathLike | None = None,
+    cpu: bool = False,
+    **shares: Any,
 ) -> Iterator[Pool]:
     """Workers for so many jobs: those of a ``scheduler``, of a ``cluster``'s file, or of this machine.
 
-    Args:
-        workers, threads: see :func:`machine`; the number of workers is for this machine alone.
-        scheduler: address of a running Dask cluster. It makes as many runs at a time as its workers have threads.
-        cluster: see :func:`job_cluster`.
-
-    Raises:
-        ParameterError: there is no such scheduler or cluster.
+    A running Dask cluster makes as many runs at a time as its workers have threads. ``shares`` are ``threads`` and, for
+    this machine alone, ``workers``. ParameterError where there is no such scheduler or cluster.
     """
+    workers, threads = shares.get("workers"), shares.get("threads")
     if workers and (scheduler or cluster):
         raise ParameterError("workers", workers, "must not be given with a scheduler or cluster, which has its own")
     with ExitStack() as stack:
@@ -261,14 +243,8 @@ def pool(
 def job_cluster(file: str | os.PathLike) -> tuple[Any, int, int]:
     """Start the Dask cluster of a file such as ``slurm: {queue: gpu, cores: 4, memory: 16GB, jobs: 8}``.
 
-    The keywords are dask-jobqueue's. Each of a job's ``processes`` (1 by default) makes one run at a time, with
-    ``cores`` / ``processes`` threads.
-
-    Returns:
-        The cluster, not scaled yet; how many ``jobs`` to submit; and threads per run.
-
-    Raises:
-        ParameterError: the file asks for something that does not exist.
+    The keywords are dask-jobqueue's. Each of a job's ``processes`` (1 by default) makes one run at a time. Returns the
+    cluster, not scaled yet; how many ``jobs`` to submit; and threads per run. ParameterError where a name is unknown.
     """
     content, jobqueue = read_yaml(file), importlib.import_module("dask_jobqueue")
     known = {name.removesuffix("Cluster").lower(): name for name in dir(jobqueue) if name.endswith("Cluster")}
