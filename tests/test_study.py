@@ -177,7 +177,9 @@ def test_what_may_differ_is_said_in_the_file(tmp_path):
 
 def table(read: study.Study, *, effect: float = 0.02) -> pd.DataFrame:
     """What the sweep of a study would return."""
-    frame = sweep.table(read.sweep, {job.key: sweep.State(sweep.FINISHED) for job in read.sweep.jobs})
+    for job in read.sweep.jobs:
+        job.status = sweep.FINISHED
+    frame = sweep.table(read.sweep)
     noise = np.random.default_rng(0).normal(0, 0.004, len(frame))
     frame["test_accuracy"] = 0.8 + 0.01 * frame["seed"] + noise + effect * frame["arm"].str.contains("salient|masked")
     frame["reported_accuracy"] = np.where(frame["protocol"] == "clean", np.nan, frame["test_accuracy"] + 0.1)
@@ -296,8 +298,9 @@ def test_a_study_is_drawn_as_far_as_its_runs_have_finished(folder, tmp_path, mon
     same(shown.set_index(["metric", "arm"]), made)
     _, elsewhere = study.show("study_some", source="runs", runs_dir=str(tmp_path / "other"))
     assert elsewhere.empty
+    sweep.look_up(read.sweep)
     with pytest.raises(RunError, match="1 have not finished"):
-        study.collect(read, sweep.table(read.sweep, sweep.finished(read.sweep)))
+        study.collect(read, sweep.table(read.sweep))
     monkeypatch.setattr(results, "code_version", lambda: "other code")  # as after a change of pa_core
     assert set(results.load()["stale"]) == {True}
 

@@ -7,7 +7,6 @@ python -m pa_core.lab.notebooks copy DIR    # copy the notebooks that DIR does n
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 import sys
@@ -41,19 +40,15 @@ NOTEBOOKS: dict[str, dict[str, tuple[Any, str]]] = {
 
 def parameters_cell(name: str = "03_proxy_loop") -> str:
     """The text of a notebook's parameters cell: a heading, then a line ``name = default  # description`` each."""
-    lines = [
-        f"{parameter} = {json.dumps(default) if isinstance(default, str) else repr(default)}  # {text}"
-        for parameter, (default, text) in NOTEBOOKS[name].items()
-    ]
-    return "\n".join(["# Parameters of the experiment; docs/parameters.md explains them", *lines])
+    lines = ["# Parameters of the experiment; docs/parameters.md explains them"]
+    for parameter, (default, text) in NOTEBOOKS[name].items():
+        value = json.dumps(default) if isinstance(default, str) else repr(default)
+        lines.append(f"{parameter} = {value}  # {text}")
+    return "\n".join(lines)
 
 
 def parameters_source(path: Path) -> str:
-    """The cell of a notebook that papermill sets, empty where there is none.
-
-    Raises:
-        ParameterError: the file is no notebook.
-    """
+    """The cell of a notebook that papermill sets, empty where there is none; ParameterError where it is no notebook."""
     try:
         cells = json.loads(path.read_text())["cells"]
         return next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), "")
@@ -61,47 +56,15 @@ def parameters_source(path: Path) -> str:
         raise ParameterError("notebook", shown(path), f"must be a notebook ({error})") from error
 
 
-def values(path: Path) -> dict[str, Any]:
-    """What a notebook's parameters cell assigns; of what is no literal, the text.
-
-    Raises:
-        ParameterError: the file is no notebook, or the cell no Python.
-    """
-    try:
-        nodes = [node for node in ast.parse(parameters_source(path)).body if isinstance(node, ast.Assign)]
-    except SyntaxError as error:
-        raise ParameterError(
-            "notebook", shown(path), f"must have a parameters cell of assignments ({error})"
-        ) from error
-    return {t.id: _value(node.value) for node in nodes for t in node.targets if isinstance(t, ast.Name)}
-
-
-def _value(node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ast.unparse(node)
-
-
-def differing(path: Path) -> dict[str, tuple[Any, Any]]:
-    """Parameter -> (found, default) where a notebook's cell differs from NOTEBOOKS; ``no line`` where one has none."""
-    found, wanted = values(path), {name: default for name, (default, _) in NOTEBOOKS[path.stem].items()}
-    pairs = {name: (found.get(name, "no line"), wanted.get(name, "no line")) for name in [*wanted, *found]}
-    return {name: pair for name, pair in pairs.items() if repr(pair[0]) != repr(pair[1])}
-
-
 def refuse_edited(path: Path) -> None:
-    """Refuse a notebook of the repository whose parameters cell differs from the defaults; copies are free.
-
-    Raises:
-        ParameterError: it names what differs.
-    """
-    if path.resolve().parent == (home() / "notebooks").resolve() and path.stem in NOTEBOOKS and differing(path):
-        changes = ", ".join(
-            f"{name} is {found!r}, not {default!r}" for name, (found, default) in differing(path).items()
-        )
+    """Refuse a notebook of the repository whose parameters cell was edited, with what differs; copies are free."""
+    if path.resolve().parent != (home() / "notebooks").resolve() or path.stem not in NOTEBOOKS:
+        return
+    found, wanted = (text.splitlines() for text in (parameters_source(path), parameters_cell(path.stem)))
+    if found != wanted:
+        other = ", ".join(line.split("  #")[0] for line in found if line not in wanted) or "fewer or in another order"
         how = "undo it (git checkout, or python -m pa_core.lab.notebooks write), or work in a copy (make lab)"
-        raise ParameterError("notebook", shown(path), f"must have the default parameters; {changes}: {how}")
+        raise ParameterError("notebook", shown(path), f"must have the default parameters, not {other}: {how}")
 
 
 def write(path: Path) -> None:
@@ -120,16 +83,15 @@ def main(words: list[str]) -> int:
     if words[:1] == ["copy"] and len(words) == 2:
         folder = Path(words[1])
         folder.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            if not (folder / path.name).exists():
-                print(f"copied to {shown(Path(shutil.copyfile(path, folder / path.name)))}")
+        for path in (path for path in paths if not (folder / path.name).exists()):
+            print(f"copied to {shown(Path(shutil.copyfile(path, folder / path.name)))}")
     elif words in (["check"], ["write"]):
-        for path in (path for path in paths if path.stem in NOTEBOOKS):
-            try:
+        try:
+            for path in (path for path in paths if path.stem in NOTEBOOKS):
                 refuse_edited(path) if words == ["check"] else write(path)
-            except ParameterError as error:
-                print(error, file=sys.stderr)
-                return 2
+        except ParameterError as error:
+            print(error, file=sys.stderr)
+            return 2
     else:
         print((__doc__ or "").strip(), file=sys.stderr)
         return 2

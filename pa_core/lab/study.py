@@ -28,7 +28,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field
 
 from pa_core.errors import ParameterError, RunError, did_you_mean
-from pa_core.files import home, read_json, read_yaml, replacing, write_json
+from pa_core.files import home, read_yaml, replacing
 from pa_core.lab import figures, results, statistics, sweep
 from pa_core.lab.statistics import Contrast
 from pa_core.lab.workers import machine
@@ -48,6 +49,7 @@ from pa_core.runs import code_version
 FREE = PROXY_PARAMETERS | {"schedule", "augment", "erase_region", "erase_probability", "mix_labels", "mix_probability"}
 FREE |= {"cutmix_alpha", "seed"}
 """What arms may differ in; all else is equal, or the study's ``may_differ`` names it."""
+FOLDER = home() / "params" / "study"
 BETWEEN = ": "
 DECOMPOSITION = "_decomposition"
 COMMITTED, OWN = "committed", "runs"
@@ -88,13 +90,9 @@ class Study:
     sweep: sweep.Sweep
 
 
-def folder() -> Path:
-    return home() / "params" / "study"
-
-
 def names() -> list[str]:
     """The studies of the repository."""
-    return sorted(path.stem for path in folder().glob("*.yaml"))
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def read(name: str) -> Study:
@@ -104,7 +102,7 @@ def read(name: str) -> Study:
         ParameterError: there is no such study, or something in it is not allowed: a key, a parameter, an arm that
             differs from the reference in what it may not.
     """
-    path = Path(name) if name.endswith(".yaml") else folder() / f"{name}.yaml"
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.is_file():
         allowed = f"must be one of {', '.join(names())}, or a path{did_you_mean(name, names())}"
         raise ParameterError("study", name, allowed)
@@ -112,23 +110,21 @@ def read(name: str) -> Study:
     contrasts, described = (tuple(map(Contrast.parse, texts)) for texts in (file.contrasts, file.described))
     most, limit = file.contrast_seeds or file.seeds, statistics.MAX_PAIRS_FOR_P_VALUE
     if contrasts and most > limit:
-        raise ParameterError(
-            f"{path.stem}: seeds", most, f"must be at most {limit}, for an exact test of so many pairs"
-        )
+        allowed = f"must be at most {limit}, for an exact test of so many pairs"
+        raise ParameterError(f"{path.stem}: seeds", most, allowed)
     tested = {arm for contrast in contrasts for arm in (contrast.arm, contrast.against)}
-    named = [
-        (label, sweep.experiment(values | {"seed": (f"{path.stem}: seeds", seed)}))
-        for label, values in _arms(path, file).items()
-        for seed in range(most if split(label)[1] in tested else file.seeds)
-    ]
-    runs = sweep.Sweep(name=f"study_{path.stem}", notebook=None, jobs=sweep.unique(named), combinations=len(named))
+    named = []
+    for label, first in _arms(path, file).items():
+        for seed in range(most if split(label)[1] in tested else file.seeds):
+            named.append((label, first.replace(seed=seed)))
+    runs = sweep.Sweep.of(f"study_{path.stem}", named)
     study = Study(name=path.stem, file=file, contrasts=contrasts, described=described, sweep=runs)
-    _check(study)
+    _check(study, dict(named))
     return study
 
 
-def _arms(path: Path, file: StudyFile) -> dict[str, dict[str, tuple[str, Any]]]:
-    """``DATASET: ARM`` -> parameter -> (place in the file, value)."""
+def _arms(path: Path, file: StudyFile) -> dict[str, Experiment]:
+    """``DATASET: ARM`` -> its experiment, of whatever seed."""
     base = read_yaml(path.parent / file.base) if isinstance(file.base, str) else file.base
     arms = {}
     for arm, given in file.arms.items():
@@ -138,9 +134,8 @@ def _arms(path: Path, file: StudyFile) -> dict[str, dict[str, tuple[str, Any]]]:
             raise ParameterError(f"{path.stem}: arms.{arm}", given, allowed)
         for number, one in enumerate(each):
             values = read_yaml(path.parent / one) if isinstance(one, str) else base | one
-            dataset = file.datasets[number] if file.datasets else values.get("dataset", Experiment().dataset)
-            placed = {str(name): (f"{path.stem}: arms.{arm}.{name}", value) for name, value in values.items()}
-            arms[f"{dataset}{BETWEEN}{arm}"] = placed
+            made = sweep.experiment(values, lambda name, arm=arm: f"{path.stem}: arms.{arm}.{name}")
+            arms[f"{file.datasets[number] if file.datasets else made.dataset}{BETWEEN}{arm}"] = made
     return arms
 
 
@@ -150,13 +145,12 @@ def split(label: str) -> tuple[str, str]:
     return dataset, arm
 
 
-def _check(study: Study) -> None:
+def _check(study: Study, by_label: dict[str, Experiment]) -> None:
     """Equal terms: within a dataset, arms differ only in what they may."""
-    file, by_label = study.file, {label: job.experiment for job in study.sweep.jobs for label in job.arms}
+    file = study.file
     asked = [file.reference, *file.other_length, *(name for part in file.decomposition for name in part.values())]
-    asked += [file.around] if file.around else []
     asked += [name for c in (*study.contrasts, *study.described) for name in (c.arm, c.against)]
-    for name in asked:
+    for name in [*asked, *filter(None, [file.around])]:
         if name not in file.arms:
             allowed = f"must be one of {', '.join(sorted(file.arms))}{did_you_mean(name, file.arms)}"
             raise ParameterError(f"{study.name}: arm", name, allowed)
@@ -238,43 +232,26 @@ def _values(study: Study) -> dict[str, dict[str, str]]:
 
     Numbers ascend; others stand as in the file.
     """
-    plain, centre = study.file.reference, study.file.around
-    arms = {split(label)[1]: job.experiment.effective() for job in study.sweep.jobs for label in job.arms}
-    arms = {arm: Experiment.from_mapping(effective | {"seed": 0}).to_dict() for arm, effective in arms.items()}
-    found: dict[str, dict[str, Any]] = {}
+    centre, found = study.file.around, {}
+    arms = {split(label)[1]: job.experiment for job in study.sweep.jobs for label in job.arms}
+    arms = {arm: Experiment(**e.effective() | {"seed": 0}).to_dict() for arm, e in arms.items()}
     for arm, here in arms.items():
         different = [name for name, value in here.items() if value != arms[centre][name]]
-        if arm != plain and len(different) == 1:
+        if arm != study.file.reference and len(different) == 1:
             name = different[0]
             found.setdefault(name, {centre: arms[centre][name]})[arm] = here[name]
     for name, values in found.items():
         if all(isinstance(value, (int, float)) for value in values.values()):
-            values = {arm: f"{value:g}" for arm, value in sorted(values.items(), key=lambda item: item[1])}
-        found[name] = {arm: str(value) for arm, value in values.items()}
+            found[name] = {arm: f"{value:g}" for arm, value in sorted(values.items(), key=lambda item: item[1])}
     return found
 
 
 def publish(study: Study, runs: pd.DataFrame, *, folder: str, used: Sequence[Any] = ()) -> list[Path]:
     """Write study_X_runs.csv, and each table with its figure and provenance. Returns the figures."""
-    made_by = runs.assign(schema=SCHEMA, code_version=code_version())  # no other runs are ever found
+    album = figures.Album(figures_dir=folder, command=f"make study STUDY={study.name}")
+    made, made_by = tables(study, runs), runs.assign(schema=SCHEMA, code_version=code_version())  # no others are found
     with replacing(Path(folder) / f"study_{study.name}_runs.csv") as temporary:
         made_by.to_csv(temporary, index=False)
-    return _save(study, runs, folder, used)
-
-
-def redraw(study: Study) -> list[Path]:
-    """Draw committed tables and figures again from the committed runs, whose provenance stays."""
-    folder = home() / "figures"
-    kept = {path: read_json(path) for path in folder.glob(f"study_{study.name}*.json")}
-    drawn = _save(study, committed_runs(study.name), str(folder), ())
-    for path, provenance in kept.items():
-        write_json(path, provenance | {"redrawn_by": code_version()})
-    return drawn
-
-
-def _save(study: Study, runs: pd.DataFrame, folder: str, used: Sequence[Any]) -> list[Path]:
-    album = figures.Album(figures_dir=folder, command=f"make study STUDY={study.name}")
-    made = tables(study, runs)
     return [album.save(draw(study, name, table), name, table=table, used=used) for name, table in made.items()]
 
 
@@ -303,9 +280,10 @@ def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple
 
 def so_far(study: Study, *, runs_dir: str = "runs") -> pd.DataFrame:
     """What :func:`collect` gives, of the runs that this code has finished until now; none is made."""
-    jobs = [replace(job, experiment=job.experiment.replace(runs_dir=runs_dir)) for job in study.sweep.jobs]
-    here = replace(study.sweep, jobs=tuple(jobs))
-    return collect(study, sweep.table(here, sweep.finished(here)), partial=True)
+    named = [(arm, job.experiment.replace(runs_dir=runs_dir)) for job in study.sweep.jobs for arm in job.arms]
+    here = sweep.Sweep.of(study.sweep.name, named)
+    sweep.look_up(here)
+    return collect(study, sweep.table(here), partial=True)
 
 
 def committed_runs(name: str) -> pd.DataFrame:
@@ -360,27 +338,19 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pa_core.lab.study", description="Make a study of params/study/.")
     parser.add_argument("study", help=f"one of {', '.join(names())}, or the path of a study file")
     parser.add_argument("--estimate", action="store_true", help="only say how long the missing runs take")
-    parser.add_argument("--redraw", action="store_true", help="make no run; draw the committed runs again")
     parser.add_argument("--folder", help="where tables and figures go; figures/ by default")
     sweep.add_shares(parser)
-    options = vars(parser.parse_args(words))
-    try:
-        study, redrawn, estimated = (options.pop(name) for name in ("study", "redraw", "estimate"))
-        if redrawn:
-            print(*redraw(read(study)), sep="\n")
-        elif estimated:
-            runs, count = read(study).sweep, machine(workers=options["workers"], threads=options["threads"]).workers
-            todo = runs.to_do(sweep.finished(runs))
-            seconds = sweep.estimate(runs, todo, workers=count)
-            print(f"{len(todo)} of {len(runs.jobs)} runs to do: {sweep.duration(seconds)}")
-        else:
-            print(*run(study, **options), sep="\n")
-    except (ParameterError, RunError) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, ParameterError) else 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return sweep.status(partial(_command, **vars(parser.parse_args(words))))
+
+
+def _command(study: str, *, estimate: bool, folder: str | None, **shares: Any) -> int:
+    if estimate:
+        runs = read(study).sweep
+        sweep.look_up(runs)
+        seconds = sweep.estimate(runs, workers=machine(**shares).workers)
+        print(f"{len(runs.to_do)} of {len(runs.jobs)} runs to do: {sweep.duration(seconds)}")
+    else:
+        print(*run(study, folder=folder, **shares), sep="\n")
     return 0
 
 

@@ -9,37 +9,37 @@ import importlib
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import dask.config
 import dask.system
 import distributed.system
 import yaml
-from distributed import Client, LocalCluster, WorkerPlugin, get_worker
+from distributed import Client, LocalCluster, get_worker
 
 from pa_core.errors import ParameterError, did_you_mean
-from pa_core.files import read_yaml
+from pa_core.files import data_home, read_yaml, runs_home
 from pa_core.params import Experiment
 
-WORKER_DEATHS = 10
-"""How many workers may die while they make a run before it counts as failed."""
-CONNECT_SECONDS = 10
-"""How long a Dask scheduler has to answer."""
-_ONE_AT_A_TIME = threading.Lock()
-"""A worker of a running cluster may have several threads; torch's generator and thread count are the process's."""
-GRACE = 10
-"""Seconds that a process has to end by itself when a sweep is stopped."""
-STOPPED = "the sweep was stopped"
+CONNECT_SECONDS = 10  # that a Dask scheduler has to answer
 TRIM = "MALLOC_TRIM_THRESHOLD_"
 """Dask has its workers return memory at once, and what they start inherits it: training is a third slower then."""
+SETTINGS = {
+    f"distributed.nanny.pre-spawn-environ.{TRIM}": None,
+    "distributed.scheduler.allowed-failures": 10,  # workers that die while they make the same run
+}
+# A worker of a running cluster may have several threads; torch's generator and thread count are the process's.
+_ONE_AT_A_TIME = threading.Lock()
+# A terminal's Ctrl-C is for the sweep, which ends its workers. What they start would inherit SIG_IGN.
+_IGNORE_CTRL_C = "import signal\nsignal.signal(signal.SIGINT, lambda *_: None)\n"
 
 # papermill in a process that ends when its standard input does, which is when the sweep is stopped or the worker dies
 # in whatever way: no run goes on unseen. The kernel is interrupted, to note it in its run, and ends with papermill.
@@ -51,13 +51,14 @@ def stop():
         below = psutil.Process().children(recursive=True)
         for process in below:
             process.send_signal(signal.SIGINT)
-        psutil.wait_procs(below, timeout=5)
+        psutil.wait_procs(below, timeout=3)
     finally:
         os._exit(1)
 threading.Thread(target=stop, daemon=True).start()
 sys.argv[0] = "papermill"
 runpy.run_module("papermill", run_name="__main__", alter_sys=True)
 """
+_OPTIONS = "--no-progress-bar --log-level WARNING --stdout-file - --stderr-file -".split()
 
 
 class Machine(NamedTuple):
@@ -96,116 +97,50 @@ def gpus() -> tuple[str, ...]:
 # On a worker
 
 
-class Task(NamedTuple):
-    """What a worker needs to know of a run: plain values, so that it travels.
-
-    ``place`` is a path without ending; executed notebook, log and parameters lie there until the run is finished. One
-    of ``gpus`` is for this run, by the worker's number; without any, the worker's environment says which it has.
-    ``sweep`` is the name of the worker's :class:`Children`.
-    """
-
-    place: Path
-    parameters: dict[str, Any]
-    notebook: Path | None
-    folder: Path
-    environment: dict[str, str]
-    threads: int
-    gpus: tuple[str, ...]
-    sweep: str
-
-
-class Children(WorkerPlugin):
-    """The processes that a worker has started; when the sweep ends, so do they.
-
-    ``own`` says that the worker is the sweep's own, on this machine, and thus gets the terminal's Ctrl-C, too.
-    """
-
-    def __init__(self, *, own: bool) -> None:
-        self.own = own
-
-    def setup(self, worker: Any) -> None:
-        self.running: set[subprocess.Popen] = set()
-        self.stopped, self.lock = False, threading.Lock()
-        if self.own:  # it ends when the sweep does; a handler that does nothing, because SIG_IGN would be inherited
-            signal.signal(signal.SIGINT, lambda *_: None)
-
-    def teardown(self, worker: Any) -> None:
-        with self.lock:
-            self.stopped, running = True, list(self.running)
-        for process in running:
-            if process.stdin:
-                process.stdin.close()
-        for process in running:
-            process.wait(timeout=GRACE)
-
-    def call(self, command: list[str], **options: Any) -> int:
-        """Run a process to its end and return its status; a RuntimeError where the sweep was stopped before."""
-        with self.lock:
-            if self.stopped:
-                raise RuntimeError(STOPPED)
-            # A session of its own: Ctrl-C in the terminal is for the sweep, which ends its processes in good order.
-            process = subprocess.Popen(command, **options, stdin=subprocess.PIPE, start_new_session=True)
-            self.running.add(process)
-        code = process.wait()
-        self.running.discard(process)
-        if code and self.stopped:
-            raise RuntimeError(STOPPED)
-        return code
-
-
-def execute(task: Task) -> tuple[str, str]:
-    """On a worker: have papermill execute a run's notebook.
+def execute(
+    place: Path, parameters: dict[str, Any], notebook: Path | None, environment: dict[str, str], gpus: tuple[str, ...]
+) -> tuple[str, str]:
+    """On a worker: make a run, by papermill or, without a notebook, in this process. ``place`` is a folder to keep.
 
     Returns:
-        Error and cell, both empty when all went well.
+        Error and the notebook's cell that raised it, both empty when all went well.
 
     Raises:
         RuntimeError: its process died without an error of its own; Dask starts the run again.
     """
-    output, log, parameters = (task.place.with_suffix(ending) for ending in (".ipynb", ".log", ".yaml"))
-    parameters.write_text(yaml.safe_dump(task.parameters, sort_keys=False))
-    command = [sys.executable, "-c", _PAPERMILL, str(task.notebook), str(output), "-f", str(parameters)]
-    command += ["--no-progress-bar", "--log-level", "WARNING", "--stdout-file", "-", "--stderr-file", "-"]
-    environment = {name: value for name, value in os.environ.items() if name != TRIM} | _environment(task)
+    if gpus:  # one for each worker of this machine; elsewhere its environment says which it has
+        environment = environment | {"CUDA_VISIBLE_DEVICES": gpus[int(get_worker().name) % len(gpus)]}
+    place.mkdir(exist_ok=True)
+    with open(place / "log.txt", "a") as log:
+        if notebook:
+            (place / "parameters.yaml").write_text(yaml.safe_dump(parameters, sort_keys=False))
+            return _by_papermill(place, notebook, environment, log)
+        with _ONE_AT_A_TIME:
+            return _here(parameters, environment, log)
+
+
+def _stopped() -> bool:
+    """Whether the sweep has cancelled the task of this thread, or has died."""
+    worker = get_worker()
+    task = worker.state.tasks.get(worker.get_current_task())
+    return task is None or task.state == "cancelled"
+
+
+def _by_papermill(place: Path, notebook: Path, environment: dict[str, str], log: TextIO) -> tuple[str, str]:
+    output, values = place / "notebook.ipynb", place / "parameters.yaml"
     output.unlink(missing_ok=True)
-    with open(log, "ab") as file:
-        children: Any = get_worker().plugins[task.sweep]
-        code = children.call(command, cwd=task.folder, env=environment, stdout=file, stderr=file)
-    error, cell = raised(output) if code else ("", "")
-    if code and not error:
-        last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code} and no error in a cell"
-        raise RuntimeError(f"its process {how}; its last output: {last}")
+    command = [sys.executable, "-c", _PAPERMILL, str(notebook), str(output), "-f", str(values), *_OPTIONS]
+    environment = {name: value for name, value in os.environ.items() if name != TRIM} | environment
+    # A session of its own, so that Ctrl-C in the terminal does not reach it. Leaving the block closes its input.
+    files: Any = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "cwd": environment["PWD"]}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **files) as process:
+        while process.poll() is None and not _stopped():
+            time.sleep(0.1)
+    error, cell = raised(output) if process.returncode else ("", "")
+    if process.returncode and not error:
+        last = ["nothing", *filter(str.strip, (place / "log.txt").read_text(errors="replace").splitlines())][-1]
+        raise RuntimeError(f"its process ended with status {process.returncode}; its last output: {last}")
     return error, cell
-
-
-def _environment(task: Task) -> dict[str, str]:
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(task.threads))
-    gpu = {"CUDA_VISIBLE_DEVICES": task.gpus[int(get_worker().name) % len(task.gpus)]} if task.gpus else {}
-    return {**task.environment, **threads, **gpu}
-
-
-def train(task: Task) -> tuple[str, str]:
-    """On a worker: make a run in this process. Returns what :func:`execute` does; a traceback is in the log."""
-    children: Any = get_worker().plugins[task.sweep]
-    with _ONE_AT_A_TIME, open(task.place.with_suffix(".log"), "a") as log:
-        os.environ.update(_environment(task))  # before CUDA is asked for anything; a worker keeps its GPU
-        torch, experiment = (importlib.import_module(name) for name in ("torch", "pa_core.experiment"))
-        torch.set_num_threads(task.threads)
-
-        def note(text: str) -> None:
-            print(text, file=log, flush=True)
-            if children.stopped:  # on a cluster that goes on without this sweep
-                raise KeyboardInterrupt
-
-        try:
-            experiment.run(Experiment.from_mapping(task.parameters), log=note)
-        except KeyboardInterrupt as interrupt:  # noted in the run's manifest as such
-            raise RuntimeError(STOPPED) from interrupt
-        except Exception as error:  # whatever it is, it is this run's result, and the others go on
-            traceback.print_exc(file=log)
-            return f"{type(error).__name__}: {error}", ""
-    return "", ""
 
 
 def raised(notebook: Path) -> tuple[str, str]:
@@ -219,6 +154,26 @@ def raised(notebook: Path) -> tuple[str, str]:
     return "", ""
 
 
+def _here(parameters: dict[str, Any], environment: dict[str, str], log: TextIO) -> tuple[str, str]:
+    os.environ.update(environment)  # before CUDA is asked for anything; a worker keeps its GPU
+    torch, experiment = (importlib.import_module(name) for name in ("torch", "pa_core.experiment"))
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+
+    def note(text: str) -> None:
+        print(text, file=log, flush=True)
+        if _stopped():
+            raise KeyboardInterrupt
+
+    try:
+        experiment.run(Experiment.from_mapping(parameters), log=note)
+    except KeyboardInterrupt as interrupt:  # noted in the run's manifest as such
+        raise RuntimeError("the sweep was stopped") from interrupt
+    except Exception as error:  # whatever it is, it is this run's result, and the others go on
+        traceback.print_exc(file=log)
+        return f"{type(error).__name__}: {error}", ""
+    return "", ""
+
+
 # Workers
 
 
@@ -228,34 +183,38 @@ class Pool(NamedTuple):
     client: Client
     count: int
     threads: int
-    own: bool = False
     gpus: tuple[str, ...] = ()
     resources: dict[str, int] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that a run needs beside its worker's own."""
+        path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+        places = {"PA_RUNS": runs_home(), "PA_DATA": data_home(), "PWD": Path.cwd()}
+        fixed = {"PYTHONPATH": path.strip(os.pathsep), "JUPYTER_PREFER_ENV_PATH": "1"}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
+        return fixed | threads | {name: str(folder.absolute()) for name, folder in places.items()}
 
 
 @contextmanager
 def pool(
     jobs: int,
     *,
-    workers: int | None = None,
-    threads: int | None = None,
-    cpu: bool = False,
     scheduler: str | None = None,
     cluster: str | os.PathLike | None = None,
+    cpu: bool = False,
+    **shares: Any,
 ) -> Iterator[Pool]:
     """Workers for so many jobs: those of a ``scheduler``, of a ``cluster``'s file, or of this machine.
 
-    Args:
-        workers, threads: see :func:`machine`; the number of workers is for this machine alone.
-        scheduler: address of a running Dask cluster. It makes as many runs at a time as its workers have threads.
-        cluster: see :func:`job_cluster`.
-
-    Raises:
-        ParameterError: there is no such scheduler or cluster.
+    A running Dask cluster makes as many runs at a time as its workers have threads. ``shares`` are ``threads`` and, for
+    this machine alone, ``workers``. ParameterError where there is no such scheduler or cluster.
     """
+    workers, threads = shares.get("workers"), shares.get("threads")
     if workers and (scheduler or cluster):
         raise ParameterError("workers", workers, "must not be given with a scheduler or cluster, which has its own")
     with ExitStack() as stack:
+        stack.enter_context(dask.config.set(SETTINGS))
         if scheduler:
             try:
                 client = stack.enter_context(Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False))
@@ -273,27 +232,19 @@ def pool(
         else:
             here = machine(workers=workers, threads=threads, cpu=cpu)
             count = min(here.workers, jobs)
-            environment = {k: v for k, v in dask.config.get("distributed.nanny.pre-spawn-environ").items() if k != TRIM}
-            names = ("distributed.nanny.pre-spawn-environ", "distributed.scheduler.allowed-failures")
-            stack.enter_context(dask.config.set(dict(zip(names, (environment, WORKER_DEATHS), strict=True))))
             # free ports, so that sweeps do not get in each other's way
             options = {"dashboard_address": ":0", "memory_limit": 0, "silence_logs": logging.CRITICAL}
-            started = stack.enter_context(LocalCluster(n_workers=count, threads_per_worker=1, **options))
+            options |= {"threads_per_worker": 1, "preload": [_IGNORE_CTRL_C]}
+            started = stack.enter_context(LocalCluster(n_workers=count, **options))
             client = stack.enter_context(Client(started, set_as_default=False))
-            yield Pool(client, count, here.threads, own=True, gpus=here.gpus)
+            yield Pool(client, count, here.threads, here.gpus)
 
 
 def job_cluster(file: str | os.PathLike) -> tuple[Any, int, int]:
     """Start the Dask cluster of a file such as ``slurm: {queue: gpu, cores: 4, memory: 16GB, jobs: 8}``.
 
-    The keywords are dask-jobqueue's. Each of a job's ``processes`` (1 by default) makes one run at a time, with
-    ``cores`` / ``processes`` threads.
-
-    Returns:
-        The cluster, not scaled yet; how many ``jobs`` to submit; and threads per run.
-
-    Raises:
-        ParameterError: the file asks for something that does not exist.
+    The keywords are dask-jobqueue's. Each of a job's ``processes`` (1 by default) makes one run at a time. Returns the
+    cluster, not scaled yet; how many ``jobs`` to submit; and threads per run. ParameterError where a name is unknown.
     """
     content, jobqueue = read_yaml(file), importlib.import_module("dask_jobqueue")
     known = {name.removesuffix("Cluster").lower(): name for name in dir(jobqueue) if name.endswith("Cluster")}
