@@ -328,7 +328,11 @@ def _unstride(network: Network, name: str) -> str:
 
 
 class _Pruned(nn.Module):
-    """Parametrization of a weight of which some entries are 0 whatever the optimizer does."""
+    """Parametrization of a weight of which some entries are 0 whatever the optimizer does.
+
+    torch.nn.utils.prune makes the same weights 0, but only while the layer is called (BEiT reads weights itself), and a
+    network cannot be copied after a backward pass.
+    """
 
     mask: Tensor
 

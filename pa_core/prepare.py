@@ -73,8 +73,6 @@ def prepare(experiment: Experiment) -> Prepared:
     )
     if e.explains:
         attribution.check(e.xai, smooth=e.smooth, model=model)
-    if any(event.kind == schedule.PRUNE for event in schedule.parse(e.schedule)):
-        models.check_prunable(model)
     digest = e.digest(data=dataset.digest, image_size=dataset.image_size, weights=weights)
     path = runs.directory(runs_home(e.runs_dir), e, digest)
     return Prepared(experiment=e, dataset=dataset, model=model, device=where, dtype=dtype, digest=digest, path=path)
