@@ -130,9 +130,10 @@ def _begin(prepared: Prepared, log: Log) -> Walk:
     """A fresh run, or one that stands where its checkpoint left it."""
     path, e, dataset, where = prepared.path, prepared.experiment, prepared.dataset, prepared.device
     manifest, checkpoint = Run(path).manifest, runs.load_checkpoint(path, log)
-    if manifest and manifest["precision"] != prepared.precision:  # digest and code are in the directory's name
-        was = f"its precision is {manifest['precision']}, and would now be {prepared.precision}"
-        raise RunError(f"{shown(path)} cannot be continued: {was}")
+    for name, here in {"split_digest": dataset.split_digest, "precision": prepared.precision}.items():
+        if manifest and manifest[name] != here:  # digest and code version are in the directory's name
+            was = manifest[name]
+            raise RunError(f"{shown(path)} cannot be continued: its {name} is {was}, and would now be {here}")
     torch.manual_seed(derived_seed(e.seed, "training"))
     batch_size = manifest.get("batch_size") or _batch_size(prepared, log)
     if data.fits([dataset.train, dataset.val], where):  # the test images, read once, stay in their file

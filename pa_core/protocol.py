@@ -70,7 +70,7 @@ def stage(part: Part, experiment: Experiment, *, number: int, steps: Sequence[St
 
 
 def halves(labels: Tensor, *, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """``count`` positions of labels int64 [N], drawn at random and halved, each class as evenly as its number allows."""
+    """``count`` positions of labels int64 [N], drawn at random and halved, each class as evenly as possible."""
     drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
     by_class = drawn[labels[drawn].argsort(stable=True)]
     return by_class[0::2], by_class[1::2]

@@ -1,7 +1,7 @@
 """The parameters cells of the notebooks: written from `params`, checked, and copies of the notebooks to work in.
 
 python -m pa_core.lab.notebooks check       # refuse a notebook whose parameters cell was edited
-python -m pa_core.lab.notebooks write       # write the parameters cells anew
+python -m pa_core.lab.notebooks write       # write the parameters cells and docs/parameters.md anew
 python -m pa_core.lab.notebooks copy DIR    # copy the notebooks that DIR does not have yet
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from pa_core.errors import ParameterError
 from pa_core.files import home, replacing, shown
-from pa_core.params import PARAMETERS
+from pa_core.params import PARAMETERS, markdown
 
 _EXPERIMENT = {
     p.name: (p.default, p.description + (f" ({p.allowed})" if p.allowed else "")) for p in PARAMETERS.values()
@@ -36,6 +36,14 @@ NOTEBOOKS: dict[str, dict[str, tuple[Any, str]]] = {
     "04_analysis": _ANALYSIS,
 }
 """Notebook -> parameter -> (default, description), in the order of its parameters cell."""
+
+
+PAGE = """# Parameters
+
+The parameters of an experiment, by the same names in notebooks, params files, manifests and result columns; `none` is \
+Python's `None`. This page is written by `python -m pa_core.lab.notebooks write`.
+
+"""
 
 
 def parameters_cell(name: str = "03_proxy_loop") -> str:
@@ -89,6 +97,9 @@ def main(words: list[str]) -> int:
         try:
             for path in (path for path in paths if path.stem in NOTEBOOKS):
                 refuse_edited(path) if words == ["check"] else write(path)
+            if words == ["write"]:
+                with replacing(home() / "docs" / "parameters.md") as temporary:
+                    temporary.write_text(PAGE + markdown() + "\n", encoding="utf-8")
         except ParameterError as error:
             print(error, file=sys.stderr)
             return 2

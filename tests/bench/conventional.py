@@ -1,8 +1,9 @@
 """An epoch the usual way: PIL decodes each image, torchvision's transforms change it, in a DataLoader with workers.
 
-That is the reference, and how the predecessor trains, in fp32: files are decoded and resized in every epoch, the network and the
-optimizer are as PyTorch gives them, and the loss is read in every step. ``pa_core`` trains the same network on the same
-JPEG files, decoded once before; what that took is not part of its rate and stands in a row of its own.
+That is the reference, and how the predecessor trains, in fp32: files are decoded and resized in every epoch, the
+network and the optimizer are as PyTorch gives them, and the loss is read in every step. ``pa_core`` trains the same
+network on the same JPEG files, decoded once before; what that took is not part of its rate and stands in a row of its
+own.
 """
 
 from __future__ import annotations
