@@ -24,6 +24,7 @@ from pa_core.augment import generators
 from pa_core.batch import Pool, to_pixels
 from pa_core.data import Part, send
 from pa_core.device import autocast
+from pa_core.errors import ParameterError
 from pa_core.masking import to_float, to_uint8
 from pa_core.models import Classifier
 from pa_core.params import Experiment, derived_seed
@@ -93,6 +94,7 @@ class Choice:
     maps: Tensor | None  # float32 [K, h, w], raw, from the scoring pass; None where that makes none
     scores: selection.Scores  # of all training images
     seed: int  # of what is random in this step; another one for each step
+    explained: tuple[str, ...] = ()  # xai, smooth and class by which the maps are made
 
 
 def choose(
@@ -121,9 +123,9 @@ def choose(
         positions = selection.some_wrong(scores, among=candidates, fraction=e.fraction, seed=seed)
     if e.explains and e.permute_maps and len(positions) == 1:
         positions = positions[:0]  # there is no other image whose map it could get; the log says that none was selected
-    explained = scores.predicted if e.explained == "predicted" else scores.labels
-    chosen = None if maps is None else maps[positions.to(maps.device)]
-    return Choice(positions=positions, targets=explained[positions], maps=chosen, scores=scores, seed=seed)
+    targets = (scores.predicted if e.explained == "predicted" else scores.labels)[positions]
+    chosen, how = None if maps is None else maps[positions.to(maps.device)], (e.xai, e.smooth, e.explained)
+    return Choice(positions=positions, targets=targets, maps=chosen, explained=how, scores=scores, seed=seed)
 
 
 def _scored(
@@ -157,9 +159,11 @@ def explain(
 ) -> Tensor:
     """The maps of the chosen images as they are stored: float16 [K, h, w] in [0, 1], on the device.
 
-    With ``permute_maps`` each of them gets the map of another one.
+    With ``permute_maps`` each of them gets the map of another one. A choice made for another method is refused.
     """
     e, ids = experiment, [part.ids[i] for i in choice.positions.tolist()]
+    if choice.explained not in ((), (e.xai, e.smooth, e.explained)):
+        raise ParameterError("xai", e.xai, f"must be what the images were chosen with: {', '.join(choice.explained)}")
     if not e.explains or not ids:
         return torch.zeros(len(ids), 1, 1, dtype=torch.float16, device=device)
     if choice.maps is not None:

@@ -12,6 +12,7 @@ from pa_core.augment import generators
 from pa_core.batch import Pool
 from pa_core.coerce import AUGMENTATIONS
 from pa_core.data import Part
+from pa_core.errors import ParameterError
 from pa_core.params import FILLS, Experiment, derived_seed
 from pa_core.proxy import Choice, Step
 
@@ -245,6 +246,19 @@ def test_permuted_maps_are_a_derangement_and_another_one_at_each_step(monkeypatc
     monkeypatch.setattr(selection, "select", lambda *_, **__: torch.tensor([3]))
     assert len(proxy.choose(None, part, e, step=1, device=cpu).positions) == 0  # alone, it could only get its own
     assert choice.seed == derived_seed(e.seed, "proxy step", 2)
+
+
+def test_a_choice_made_for_another_method_is_refused(monkeypatch):
+    part, e = part_of(some_images()), Experiment(xai="gradcam", select="all")
+    monkeypatch.setattr(proxy, "_scored", lambda *_, **__: (torch.zeros(N, CLASSES), torch.rand(N, 4, 4)))
+    cpu = torch.device("cpu")
+    choice = proxy.choose(None, part, e, step=1, device=cpu)
+    assert len(proxy.explain(None, part, e, choice, device=cpu)) == N
+    for other in ({"xai": "layercam"}, {"smooth": "eigen"}, {"xai_target": "label"}):
+        with pytest.raises(
+            ParameterError, match="^invalid xai=.*: must be what the images were chosen with: gradcam, "
+        ):
+            proxy.explain(None, part, e.replace(**other), choice, device=cpu)
 
 
 @pytest.mark.gpu
