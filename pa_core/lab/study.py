@@ -30,12 +30,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pa_core.errors import ParameterError, RunError, did_you_mean
 from pa_core.files import home, read_yaml, replacing
@@ -54,6 +54,9 @@ DECOMPOSITION = "_decomposition"
 COMMITTED, OWN = "committed", "runs"
 
 
+Difference = Annotated[Contrast, BeforeValidator(Contrast.parse)]
+
+
 class StudyFile(BaseModel):
     """The shape of a study file; the descriptions say what each key must be."""
 
@@ -61,9 +64,9 @@ class StudyFile(BaseModel):
     question: str = Field("", description="a sentence")
     reference: str = Field(description="the name of an arm")
     seeds: int = Field(ge=1, strict=True, description="how many, a whole number of at least 1")
-    contrasts: list[str] = Field([], description="a list such as [salient - permuted]")
+    contrasts: list[Difference] = Field([], description="a list such as [salient - permuted]")
     contrast_seeds: int = Field(0, ge=1, strict=True, description="how many, a whole number of at least 1")
-    described: list[str] = Field([], description="a list such as [salient - rest]")
+    described: list[Difference] = Field([], description="a list such as [salient - rest]")
     arms: dict[str, dict[str, Any] | str | list[dict[str, Any] | str]] = Field(
         description="parameters or a params file by name; with several datasets a list of them"
     )
@@ -81,8 +84,6 @@ class Study:
 
     name: str
     file: StudyFile
-    contrasts: tuple[Contrast, ...]  # the declared ones
-    described: tuple[Contrast, ...]
     sweep: sweep.Sweep  # its arms are called DATASET: ARM, because their parameters differ by dataset
 
 
@@ -98,17 +99,15 @@ def read(name: str) -> Study:
         allowed = f"must be one of {', '.join(names())}, or a path{did_you_mean(name, names())}"
         raise ParameterError("study", name, allowed)
     file = sweep.checked(StudyFile, read_yaml(path), name=path.stem)
-    contrasts, described = (tuple(map(Contrast.parse, texts)) for texts in (file.contrasts, file.described))
     most, limit = file.contrast_seeds or file.seeds, statistics.MAX_PAIRS_FOR_P_VALUE
-    if contrasts and most > limit:
+    if file.contrasts and most > limit:
         allowed = f"must be at most {limit}, for an exact test of so many pairs"
         raise ParameterError(f"{path.stem}: seeds", most, allowed)
-    tested = {arm for contrast in contrasts for arm in (contrast.arm, contrast.against)}
+    tested = {arm for contrast in file.contrasts for arm in (contrast.arm, contrast.against)}
     arms = _arms(path, file)
     count = {label: most if split(label)[1] in tested else file.seeds for label in arms}
     named = [(label, arms[label].replace(seed=seed)) for label in arms for seed in range(count[label])]
-    runs = sweep.Sweep.of(f"study_{path.stem}", named)
-    study = Study(name=path.stem, file=file, contrasts=contrasts, described=described, sweep=runs)
+    study = Study(name=path.stem, file=file, sweep=sweep.Sweep.of(f"study_{path.stem}", named))
     _check(study, arms)
     return study
 
@@ -139,7 +138,7 @@ def _check(study: Study, by_label: dict[str, Experiment]) -> None:
     """Equal terms: within a dataset, arms differ only in what they may."""
     file = study.file
     asked = [file.reference, *file.other_length, *(name for part in file.decomposition for name in part.values())]
-    asked += [name for c in (*study.contrasts, *study.described) for name in (c.arm, c.against)]
+    asked += [name for c in (*file.contrasts, *file.described) for name in (c.arm, c.against)]
     for name in [*asked, *filter(None, [file.around])]:
         if name not in file.arms:
             allowed = f"must be one of {', '.join(sorted(file.arms))}{did_you_mean(name, file.arms)}"
@@ -163,8 +162,8 @@ def _check(study: Study, by_label: dict[str, Experiment]) -> None:
 def collect(study: Study, frame: pd.DataFrame, *, partial: bool = False) -> pd.DataFrame:
     """A row per run and metric, with `statistics.RUN_COLUMNS`, from the table of the study's sweep.
 
-    ``partial`` takes the runs that there are; else RunError says which has not finished. RunError, too, where the runs of
-    one seed do not share data, split and device.
+    ``partial`` takes the runs that there are; else RunError says which has not finished. RunError, too, where the runs
+    of one seed do not share data, split and device.
     """
     undone = frame[frame["status"] != sweep.FINISHED]
     if len(undone) and not partial:
@@ -180,24 +179,23 @@ def collect(study: Study, frame: pd.DataFrame, *, partial: bool = False) -> pd.D
 def tables(study: Study, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """What follows from the runs: ``study_a``, and ``study_a_decomposition`` where the study has one.
 
-    What has no runs is left out. While runs are missing nothing is tested: a family that is not complete, or looked at as
-    it grows, has no p-values. RunError where the runs come from several schemas or versions of the code.
+    What has no runs is left out. While runs are missing nothing is tested: a family that is not complete, or looked at
+    as it grows, has no p-values. RunError where the runs come from several schemas or versions of the code.
     """
     for name in ("schema", "code_version"):
         if name in runs and len(set(runs[name])) > 1:
             raise RunError(f"the runs of study {study.name} differ in {name}, so that they are no pairs")
-    arms = set(runs["arm"])
-    runs = runs if study.file.reference in arms else runs.head(0)
-    declared, described = ([c for c in cs if {c.arm, c.against} <= arms] for cs in (study.contrasts, study.described))
-    table = pd.DataFrame(columns=list(statistics.COLUMNS))
+    arms, file, table = set(runs["arm"]), study.file, pd.DataFrame(columns=list(statistics.COLUMNS))
+    runs = runs if file.reference in arms else runs.head(0)
+    declared, described = ([c for c in cs if {c.arm, c.against} <= arms] for cs in (file.contrasts, file.described))
     if len(runs):
-        table = statistics.compare(runs, reference=study.file.reference, declared=declared, described=described)
+        table = statistics.compare(runs, reference=file.reference, declared=declared, described=described)
     asked = {(*split(label), job.experiment.seed) for job in study.sweep.jobs for label in job.arms}
     if not asked <= set(runs[["dataset", "arm", "seed"]].itertuples(index=False, name=None)):
         table.loc[:, ["p_value", "p_holm", "verdict"]] = np.nan
     made = {f"study_{study.name}": table}
-    if study.file.decomposition:
-        parts = [part for part in study.file.decomposition if set(part.values()) <= arms]
+    if file.decomposition:
+        parts = [part for part in file.decomposition if set(part.values()) <= arms]
         made[f"study_{study.name}{DECOMPOSITION}"] = statistics.decompose(runs, parts)
     return made
 
@@ -263,7 +261,7 @@ def so_far(study: Study, *, runs_dir: str = "runs") -> pd.DataFrame:
 
 
 def committed_runs(name: str) -> pd.DataFrame:
-    """figures/study_NAME_runs.csv; empty while it is not there. Without a column ``schema`` the runs are of schema 1."""
+    """figures/study_NAME_runs.csv; empty while it is not there. Without a column ``schema`` they are of schema 1."""
     path = home() / "figures" / f"study_{name}_runs.csv"
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
 

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, cached_property, partial
@@ -153,9 +154,8 @@ def expand(content: Mapping[str, Any], *, name: str = "sweep", folder: Path | No
     of = {parameter: f"grid.{parameter}" for parameter in file.grid} | ({"seed": "seeds"} if file.seeds else {})
     if not (axes or file.arms):
         raise ParameterError(f"{name}: keys", sorted(map(str, content)), "must include one of grid, arms and seeds")
-    for parameter, values in axes.items():
-        if not values or any(value in values[:i] for i, value in enumerate(values)):
-            raise ParameterError(f"{name}: {of[parameter]}", values, "must be a list of values, none of them twice")
+    if empty := [parameter for parameter in axes if not axes[parameter]]:
+        raise ParameterError(f"{name}: {of[empty[0]]}", [], "must be a list of values, such as [1, 2]")
     base, named = read_yaml(folder / Path(file.base).expanduser()) if isinstance(file.base, str) else file.base, []
     for arm, given in (file.arms or {"": {}}).items():
         own = given or {}
@@ -204,7 +204,7 @@ def _notebook(place: str, text: str, folder: Path) -> Path | None:
 def _known(runs_dir: str) -> pd.DataFrame:
     """The finished runs of a folder; torch is not loaded where there is none."""
     if not any(runs_home(runs_dir).glob("*/manifest.json")):
-        return pd.DataFrame()
+        return pd.DataFrame(columns=["run", "schedule", "dataset", "model"])
     frame = importlib.import_module("pa_core.lab.results").load(runs_dir)
     return frame.loc[frame["status"] == FINISHED]
 
@@ -214,24 +214,18 @@ def look_up(sweep: Sweep) -> None:
 
     Nothing is downloaded for it: only jobs are looked up that have the dataset, model and schedule of a finished run.
     """
-    for job in sweep.jobs:
-        job.status, job.run = TO_DO, None
     known, alike = _known(sweep.runs_dir), ["dataset", "model", "schedule"]
-    if known.empty:
-        return
-    there, runs = {tuple(row) for row in known[alike].to_numpy()}, set(known["run"])
+    there, runs = set(known[alike].itertuples(index=False, name=None)), set(known["run"])
     others = {name.rpartition("-")[0] for name in runs}  # a directory's name ends in the code version
     for job in sweep.jobs:
-        e = job.experiment
-        if tuple(getattr(e, name) for name in alike) in there:
-            try:
-                path = sweep.locate(e)
-            except ParameterError:
-                continue  # the run itself will say what is wrong, and where
-            if path.name in runs:
-                job.status, job.run = FINISHED, path
-            elif path.name.rpartition("-")[0] in others:
-                job.status = STALE
+        job.status, job.run = TO_DO, None
+        if tuple(getattr(job.experiment, name) for name in alike) in there:
+            with suppress(ParameterError):  # the run itself will say what is wrong, and where
+                path = sweep.locate(job.experiment)
+                if path.name in runs:
+                    job.status, job.run = FINISHED, path
+                elif path.name.rpartition("-")[0] in others:
+                    job.status = STALE
 
 
 def table(sweep: Sweep) -> pd.DataFrame:
@@ -324,8 +318,8 @@ def _make(sweep: Sweep, folder: Path, pool: Any, log: Log) -> None:
     from pa_core.lab.workers import execute
 
     gpus = f", a GPU each of {', '.join(pool.gpus)}" if pool.gpus else ""
-    expected = duration(estimate(sweep, workers=pool.count))
-    log(f"{pool.count} at a time, threads of each: {pool.threads}{gpus}; {expected}")
+    expected = duration(estimate(sweep, workers=pool.workers))
+    log(f"{pool.workers} at a time, threads of each: {pool.threads}{gpus}; {expected}")
     futures, todo, environment = {}, sweep.to_do, pool.environment
     for number, job in enumerate(todo):
         place = folder / str(number)
