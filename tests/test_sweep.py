@@ -83,8 +83,7 @@ REFUSED = {
     "grid: {threshold: [0.1, 1.5]}": ("some: grid.threshold=1.5", "from 0 to 1"),
     "grid: {threshold: 0.1}": ("some: grid.threshold=0.1", "must be lists of values by parameter"),
     "grid: {threshold: []}": ("some: grid.threshold=[]", "must be a list of values"),
-    "grid: {threshold: [0.4, .40]}": ("some: grid.threshold=[0.4, 0.4]", "none of them twice"),
-    "grid: {schedule: [40, 20,p,20]}": ("some: grid.schedule=[40, 20, 'p', 20]", "none of them twice"),
+    "grid: {schedule: [40, 20,p,20]}": ("some: grid.schedule='p'", "quote a schedule", "'20,p,20'"),
     "grid: {schedule: [[20, p, 20]]}": ("some: grid.schedule", "quote it where YAML would take it apart"),
     "grid: {schedule: ['5,p']}": ("some: grid.schedule='5,p'", "an epoch after it"),
     "arms: {a: {schedule: 20,p,19}}": ("some: arms.a.p=None", "quote a schedule", "'20,p,20'"),
@@ -237,14 +236,14 @@ def test_cores_and_gpus_are_divided(monkeypatch):
     monkeypatch.setattr(dask.system, "CPU_COUNT", 16)
     monkeypatch.setattr(distributed.system, "MEMORY_LIMIT", 2**40)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert workers.machine() == (16, 1, ())
-    assert workers.machine(threads=4) == (4, 4, ())
-    assert workers.machine(workers=3) == (3, 5, ())
-    assert workers.machine(workers=3, threads=2) == (3, 2, ())
+    assert workers.machine()[:3] == (16, 1, ())
+    assert workers.machine(threads=4)[:3] == (4, 4, ())
+    assert workers.machine(workers=3)[:3] == (3, 5, ())
+    assert workers.machine(workers=3, threads=2)[:3] == (3, 2, ())
     monkeypatch.setattr(distributed.system, "MEMORY_LIMIT", 8 * 2**30)
-    assert workers.machine() == (4, 4, ())
+    assert workers.machine()[:3] == (4, 4, ())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-ab")
-    assert workers.machine() == (2, 8, ("2", "GPU-ab"))
+    assert workers.machine()[:3] == (2, 8, ("2", "GPU-ab"))
     assert workers.machine(cpu=True).gpus == ()
     with pytest.raises(ParameterError, match="workers=0: must be at least 1"):
         workers.machine(workers=0)

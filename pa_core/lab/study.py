@@ -29,14 +29,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pa_core.errors import ParameterError, RunError, did_you_mean
 from pa_core.files import home, read_yaml, replacing
@@ -55,6 +54,9 @@ DECOMPOSITION = "_decomposition"
 COMMITTED, OWN = "committed", "runs"
 
 
+Difference = Annotated[Contrast, BeforeValidator(Contrast.parse)]
+
+
 class StudyFile(BaseModel):
     """The shape of a study file; the descriptions say what each key must be."""
 
@@ -62,9 +64,9 @@ class StudyFile(BaseModel):
     question: str = Field("", description="a sentence")
     reference: str = Field(description="the name of an arm")
     seeds: int = Field(ge=1, strict=True, description="how many, a whole number of at least 1")
-    contrasts: list[str] = Field([], description="a list such as [salient - permuted]")
+    contrasts: list[Difference] = Field([], description="a list such as [salient - permuted]")
     contrast_seeds: int = Field(0, ge=1, strict=True, description="how many, a whole number of at least 1")
-    described: list[str] = Field([], description="a list such as [salient - rest]")
+    described: list[Difference] = Field([], description="a list such as [salient - rest]")
     arms: dict[str, dict[str, Any] | str | list[dict[str, Any] | str]] = Field(
         description="parameters or a params file by name; with several datasets a list of them"
     )
@@ -78,16 +80,11 @@ class StudyFile(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study file, checked, with its declared and its described contrasts.
-
-    An arm of its sweep is called ``DATASET: ARM``, because its parameters differ by dataset.
-    """
+    """A study file, checked."""
 
     name: str
     file: StudyFile
-    contrasts: tuple[Contrast, ...]
-    described: tuple[Contrast, ...]
-    sweep: sweep.Sweep
+    sweep: sweep.Sweep  # its arms are called DATASET: ARM, because their parameters differ by dataset
 
 
 def names() -> list[str]:
@@ -96,30 +93,22 @@ def names() -> list[str]:
 
 
 def read(name: str) -> Study:
-    """A study by its name in params/study/, or by its path.
-
-    Raises:
-        ParameterError: there is no such study, or something in it is not allowed: a key, a parameter, an arm that
-            differs from the reference in what it may not.
-    """
+    """A study by its name in params/study/, or by its path; ParameterError where something in it is not allowed."""
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.is_file():
         allowed = f"must be one of {', '.join(names())}, or a path{did_you_mean(name, names())}"
         raise ParameterError("study", name, allowed)
     file = sweep.checked(StudyFile, read_yaml(path), name=path.stem)
-    contrasts, described = (tuple(map(Contrast.parse, texts)) for texts in (file.contrasts, file.described))
     most, limit = file.contrast_seeds or file.seeds, statistics.MAX_PAIRS_FOR_P_VALUE
-    if contrasts and most > limit:
+    if file.contrasts and most > limit:
         allowed = f"must be at most {limit}, for an exact test of so many pairs"
         raise ParameterError(f"{path.stem}: seeds", most, allowed)
-    tested = {arm for contrast in contrasts for arm in (contrast.arm, contrast.against)}
-    named = []
-    for label, first in _arms(path, file).items():
-        for seed in range(most if split(label)[1] in tested else file.seeds):
-            named.append((label, first.replace(seed=seed)))
-    runs = sweep.Sweep.of(f"study_{path.stem}", named)
-    study = Study(name=path.stem, file=file, contrasts=contrasts, described=described, sweep=runs)
-    _check(study, dict(named))
+    tested = {arm for contrast in file.contrasts for arm in (contrast.arm, contrast.against)}
+    arms = _arms(path, file)
+    count = {label: most if split(label)[1] in tested else file.seeds for label in arms}
+    named = [(label, arms[label].replace(seed=seed)) for label in arms for seed in range(count[label])]
+    study = Study(name=path.stem, file=file, sweep=sweep.Sweep.of(f"study_{path.stem}", named))
+    _check(study, arms)
     return study
 
 
@@ -149,7 +138,7 @@ def _check(study: Study, by_label: dict[str, Experiment]) -> None:
     """Equal terms: within a dataset, arms differ only in what they may."""
     file = study.file
     asked = [file.reference, *file.other_length, *(name for part in file.decomposition for name in part.values())]
-    asked += [name for c in (*study.contrasts, *study.described) for name in (c.arm, c.against)]
+    asked += [name for c in (*file.contrasts, *file.described) for name in (c.arm, c.against)]
     for name in [*asked, *filter(None, [file.around])]:
         if name not in file.arms:
             allowed = f"must be one of {', '.join(sorted(file.arms))}{did_you_mean(name, file.arms)}"
@@ -173,11 +162,8 @@ def _check(study: Study, by_label: dict[str, Experiment]) -> None:
 def collect(study: Study, frame: pd.DataFrame, *, partial: bool = False) -> pd.DataFrame:
     """A row per run and metric, with `statistics.RUN_COLUMNS`, from the table of the study's sweep.
 
-    Args:
-        partial: take the runs that there are, instead of refusing when some have not finished.
-
-    Raises:
-        RunError: a run has not finished, or the runs of one seed do not share data, split and device.
+    ``partial`` takes the runs that there are; else RunError says which has not finished. RunError, too, where the runs
+    of one seed do not share data, split and device.
     """
     undone = frame[frame["status"] != sweep.FINISHED]
     if len(undone) and not partial:
@@ -193,27 +179,23 @@ def collect(study: Study, frame: pd.DataFrame, *, partial: bool = False) -> pd.D
 def tables(study: Study, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """What follows from the runs: ``study_a``, and ``study_a_decomposition`` where the study has one.
 
-    Contrasts and parts whose arms have no run are left out, and so is everything where the reference has none. While
-    runs are missing nothing is tested: a family that is not complete, or looked at as it grows, has no p-values.
-
-    Raises:
-        RunError: the runs come from several schemas or versions of the code.
+    What has no runs is left out. While runs are missing nothing is tested: a family that is not complete, or looked at
+    as it grows, has no p-values. RunError where the runs come from several schemas or versions of the code.
     """
     for name in ("schema", "code_version"):
         if name in runs and len(set(runs[name])) > 1:
             raise RunError(f"the runs of study {study.name} differ in {name}, so that they are no pairs")
-    arms = set(runs["arm"])
-    runs = runs if study.file.reference in arms else runs.head(0)
-    declared, described = ([c for c in cs if {c.arm, c.against} <= arms] for cs in (study.contrasts, study.described))
-    table = pd.DataFrame(columns=list(statistics.COLUMNS))
+    arms, file, table = set(runs["arm"]), study.file, pd.DataFrame(columns=list(statistics.COLUMNS))
+    runs = runs if file.reference in arms else runs.head(0)
+    declared, described = ([c for c in cs if {c.arm, c.against} <= arms] for cs in (file.contrasts, file.described))
     if len(runs):
-        table = statistics.compare(runs, reference=study.file.reference, declared=declared, described=described)
+        table = statistics.compare(runs, reference=file.reference, declared=declared, described=described)
     asked = {(*split(label), job.experiment.seed) for job in study.sweep.jobs for label in job.arms}
     if not asked <= set(runs[["dataset", "arm", "seed"]].itertuples(index=False, name=None)):
         table.loc[:, ["p_value", "p_holm", "verdict"]] = np.nan
     made = {f"study_{study.name}": table}
-    if study.file.decomposition:
-        parts = [part for part in study.file.decomposition if set(part.values()) <= arms]
+    if file.decomposition:
+        parts = [part for part in file.decomposition if set(part.values()) <= arms]
         made[f"study_{study.name}{DECOMPOSITION}"] = statistics.decompose(runs, parts)
     return made
 
@@ -228,10 +210,7 @@ def draw(study: Study, name: str, table: pd.DataFrame) -> Figure:
 
 
 def _values(study: Study) -> dict[str, dict[str, str]]:
-    """Parameter -> arm -> its value: the arms that differ from ``around`` in that alone, and ``around`` itself.
-
-    Numbers ascend; others stand as in the file.
-    """
+    """Parameter -> arm -> its value: the arms that differ from ``around`` in that alone, and ``around`` itself."""
     centre, found = study.file.around, {}
     arms = {split(label)[1]: job.experiment for job in study.sweep.jobs for label in job.arms}
     arms = {arm: Experiment(**e.effective() | {"seed": 0}).to_dict() for arm, e in arms.items()}
@@ -259,15 +238,10 @@ def publish(study: Study, runs: pd.DataFrame, *, folder: str, used: Sequence[Any
 
 
 def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple[Figure, pd.DataFrame]:
-    """A figure of a study and the table behind it, without making a run; an empty figure, which says so, without runs.
+    """A figure of a study (``study_a``, ``study_c_decomposition``) and the table behind it, without making a run.
 
-    Args:
-        name: ``study_a``, or ``study_c_decomposition``.
-        source: ``committed``, the runs in figures/; or ``runs``, your own ones as far as they have finished.
-        runs_dir: where those lie.
-
-    Raises:
-        ParameterError: there is no such source or study.
+    ``source`` is ``committed``, the runs in figures/, or ``runs``, those in ``runs_dir`` as far as they have finished.
+    Without runs an empty figure says so. ParameterError where there is no such source or study.
     """
     if source not in (COMMITTED, OWN):
         allowed = f"must be one of {COMMITTED}, {OWN}{did_you_mean(source, (COMMITTED, OWN))}"
@@ -287,20 +261,13 @@ def so_far(study: Study, *, runs_dir: str = "runs") -> pd.DataFrame:
 
 
 def committed_runs(name: str) -> pd.DataFrame:
-    """figures/study_NAME_runs.csv, from which its tables and figures follow; empty while it is not there.
-
-    Without a column ``schema`` the runs are of schema 1.
-    """
+    """figures/study_NAME_runs.csv; empty while it is not there. Without a column ``schema`` they are of schema 1."""
     path = home() / "figures" / f"study_{name}_runs.csv"
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
 
 
 def declared(*, source: str = COMMITTED, runs_dir: str = "runs") -> pd.DataFrame:
-    """The declared contrasts of all studies, and what may be said of them. Differences and intervals are in points.
-
-    Returns:
-        Columns study, dataset, contrast, n, difference, low, high, p_holm, verdict.
-    """
+    """The declared contrasts of all studies, and what may be said of them. Differences and intervals are in points."""
     found = pd.concat([show(f"study_{name}", source=source, runs_dir=runs_dir)[1] for name in names()])
     found = found.loc[found["declared"].astype(bool)]
     points = {name: 100 * found[name].astype(float) for name in ("difference", "low", "high")}
@@ -311,26 +278,23 @@ def declared(*, source: str = COMMITTED, runs_dir: str = "runs") -> pd.DataFrame
 # Running
 
 
-def run(name: str, *, folder: str | None = None, log: sweep.Log = sweep.say, **where: Any) -> list[Path]:
-    """Make a study's runs as far as they are missing, and then its tables and figures.
+def make(*, study: str, estimate: bool = False, folder: str | None = None, **where: Any) -> int:
+    """Make a study's runs as far as they are missing, and then its tables and figures. Exit status 0.
 
-    Args:
-        folder: where those go; figures/ of the repository by default.
-        where: as for `sweep.run`.
-
-    Returns:
-        The figures.
-
-    Raises:
-        ParameterError: the study is refused.
-        RunError: runs failed, or are no pairs; nothing in the folder is changed.
+    RunError where runs failed or are no pairs; then nothing in the folder, by default figures/, is changed.
     """
-    study = read(name)
-    log(f"study {study.name}: {study.file.question}")
-    frame = sweep.run(study.sweep, log=log, **where)
-    runs = collect(study, frame)
-    used = [results.open_run(run, study.sweep.runs_dir) for run in dict.fromkeys(frame["run"])]
-    return publish(study, runs, folder=folder or str(home() / "figures"), used=used)
+    asked = read(study)
+    if estimate:
+        sweep.look_up(asked.sweep)
+        seconds = sweep.estimate(asked.sweep, workers=machine(**where).workers)
+        print(f"{len(asked.sweep.to_do)} of {len(asked.sweep.jobs)} runs to do: {sweep.duration(seconds)}")
+        return 0
+    sweep.say(f"study {asked.name}: {asked.file.question}")
+    frame = sweep.run(asked.sweep, **where)
+    runs = collect(asked, frame)
+    used = [results.open_run(run, asked.sweep.runs_dir) for run in dict.fromkeys(frame["run"])]
+    print(*publish(asked, runs, folder=folder or str(home() / "figures"), used=used), sep="\n")
+    return 0
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -339,19 +303,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("study", help=f"one of {', '.join(names())}, or the path of a study file")
     parser.add_argument("--estimate", action="store_true", help="only say how long the missing runs take")
     parser.add_argument("--folder", help="where tables and figures go; figures/ by default")
-    sweep.add_shares(parser)
-    return sweep.status(partial(_command, **vars(parser.parse_args(words))))
-
-
-def _command(study: str, *, estimate: bool, folder: str | None, **shares: Any) -> int:
-    if estimate:
-        runs = read(study).sweep
-        sweep.look_up(runs)
-        seconds = sweep.estimate(runs, workers=machine(**shares).workers)
-        print(f"{len(runs.to_do)} of {len(runs.jobs)} runs to do: {sweep.duration(seconds)}")
-    else:
-        print(*run(study, folder=folder, **shares), sep="\n")
-    return 0
+    return sweep.command(parser, make, words)
 
 
 if __name__ == "__main__":

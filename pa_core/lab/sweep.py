@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, cached_property, partial
@@ -42,8 +43,7 @@ from pa_core.lab import notebooks
 from pa_core.params import PARAMETERS, Experiment
 
 TO_DO, STALE, FINISHED, FAILED = "to do", "stale", "finished", "failed"
-RETRIES = 2
-"""How often a run is started again whose process died without an error: killed, out of memory."""
+RETRIES = 2  # of a run whose process died without an error: killed, out of memory
 Log = Callable[[str], None]
 M = TypeVar("M", bound=BaseModel)
 say = partial(print, flush=True)
@@ -116,8 +116,8 @@ class Sweep:
 
     def title(self, job: Job) -> str:
         """What tells a job from the others: ``mean  threshold=0.4 seed=1``."""
-        values = " ".join(f"{name}={getattr(job.experiment, name)}" for name in self.varied)
-        return "  ".join(filter(None, [", ".join(job.arms), values])) or job.experiment.schedule
+        values = [f"{name}={getattr(job.experiment, name)}" for name in self.varied]
+        return f"{', '.join(job.arms)}  {' '.join(values)}".strip() or job.experiment.schedule
 
     @cached_property
     def locate(self) -> Callable[[Experiment], Path]:
@@ -138,8 +138,7 @@ class Sweep:
 
 def read(path: str | os.PathLike) -> Sweep:
     """Expand and check a sweep file, see :func:`expand`."""
-    path = Path(path)
-    return expand(read_yaml(path), name=path.stem, folder=path.absolute().parent)
+    return expand(read_yaml(path), name=Path(path).stem, folder=Path(path).absolute().parent)
 
 
 def expand(content: Mapping[str, Any], *, name: str = "sweep", folder: Path | None = None) -> Sweep:
@@ -155,9 +154,8 @@ def expand(content: Mapping[str, Any], *, name: str = "sweep", folder: Path | No
     of = {parameter: f"grid.{parameter}" for parameter in file.grid} | ({"seed": "seeds"} if file.seeds else {})
     if not (axes or file.arms):
         raise ParameterError(f"{name}: keys", sorted(map(str, content)), "must include one of grid, arms and seeds")
-    for parameter, values in axes.items():
-        if not values or any(value in values[:i] for i, value in enumerate(values)):
-            raise ParameterError(f"{name}: {of[parameter]}", values, "must be a list of values, none of them twice")
+    if empty := [parameter for parameter in axes if not axes[parameter]]:
+        raise ParameterError(f"{name}: {of[empty[0]]}", [], "must be a list of values, such as [1, 2]")
     base, named = read_yaml(folder / Path(file.base).expanduser()) if isinstance(file.base, str) else file.base, []
     for arm, given in (file.arms or {"": {}}).items():
         own = given or {}
@@ -206,7 +204,7 @@ def _notebook(place: str, text: str, folder: Path) -> Path | None:
 def _known(runs_dir: str) -> pd.DataFrame:
     """The finished runs of a folder; torch is not loaded where there is none."""
     if not any(runs_home(runs_dir).glob("*/manifest.json")):
-        return pd.DataFrame()
+        return pd.DataFrame(columns=["run", "schedule", "dataset", "model"])
     frame = importlib.import_module("pa_core.lab.results").load(runs_dir)
     return frame.loc[frame["status"] == FINISHED]
 
@@ -214,27 +212,20 @@ def _known(runs_dir: str) -> pd.DataFrame:
 def look_up(sweep: Sweep) -> None:
     """Note which jobs are finished, by this code or (stale) by another version.
 
-    A job is looked up, with its data, only if some finished run has its dataset, model and schedule: nothing is
-    downloaded for it.
+    Nothing is downloaded for it: only jobs are looked up that have the dataset, model and schedule of a finished run.
     """
-    for job in sweep.jobs:
-        job.status, job.run = TO_DO, None
     known, alike = _known(sweep.runs_dir), ["dataset", "model", "schedule"]
-    if known.empty:
-        return
-    there, runs = {tuple(row) for row in known[alike].to_numpy()}, set(known["run"])
+    there, runs = set(known[alike].itertuples(index=False, name=None)), set(known["run"])
     others = {name.rpartition("-")[0] for name in runs}  # a directory's name ends in the code version
     for job in sweep.jobs:
-        e = job.experiment
-        if tuple(getattr(e, name) for name in alike) in there:
-            try:
-                path = sweep.locate(e)
-            except ParameterError:
-                continue  # the run itself will say what is wrong, and where
-            if path.name in runs:
-                job.status, job.run = FINISHED, path
-            elif path.name.rpartition("-")[0] in others:
-                job.status = STALE
+        job.status, job.run = TO_DO, None
+        if tuple(getattr(job.experiment, name) for name in alike) in there:
+            with suppress(ParameterError):  # the run itself will say what is wrong, and where
+                path = sweep.locate(job.experiment)
+                if path.name in runs:
+                    job.status, job.run = FINISHED, path
+                elif path.name.rpartition("-")[0] in others:
+                    job.status = STALE
 
 
 def table(sweep: Sweep) -> pd.DataFrame:
@@ -251,14 +242,11 @@ def table(sweep: Sweep) -> pd.DataFrame:
 
 
 def estimate(sweep: Sweep, *, workers: int) -> float | None:
-    """Seconds that the jobs to do will take: the mean of finished runs on the same data with as many epochs.
-
-    None where a job has no such run.
-    """
+    """Seconds that the jobs to do will take: the mean of runs on the same data with as many epochs; None without."""
     if (known := _known(sweep.runs_dir)).empty:
         return None
     alike = [known["dataset"], known["data_dir"].fillna(""), known["model"], known["epochs"]]
-    mean = (known["train_seconds"] + known["proxy_seconds"]).groupby(alike).mean()
+    mean = (known["train_seconds"] + known["proxy_seconds"]).groupby(alike).mean().dropna()
     todo = [job.experiment for job in sweep.to_do]
     each = [mean.get((e.dataset, e.data_dir or "", e.model, e.length)) for e in todo]
     return None if None in each else sum(filter(None, each)) / max(1, min(workers, len(each)))
@@ -283,12 +271,9 @@ def run(
     look_up(sweep)
     todo, count = sweep.to_do, len(sweep.jobs)
     same, stale = sweep.combinations - count, sum(job.status == STALE for job in todo)
-    log(
-        f"{sweep.name}: {count} runs"
-        + (f" ({sweep.combinations} combinations, {same} of them the same run as another)" if same else "")
-        + f", {count - len(todo)} finished before, {len(todo)} to do"
-        + (f" ({stale} of them finished by another version of the code)" if stale else "")
-    )
+    made = f" ({sweep.combinations} combinations, {same} of them the same run as another)" if same else ""
+    other = f" ({stale} of them finished by another version of the code)" if stale else ""
+    log(f"{sweep.name}: {count} runs{made}, {count - len(todo)} finished before, {len(todo)} to do{other}")
     if dry_run:
         for job in sweep.jobs:
             log(f"  {job.status:8}  {sweep.title(job)}")
@@ -301,10 +286,10 @@ def run(
         above = runs_home(sweep.runs_dir) / "sweeps" / sweep.name
         try:
             above.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=above))  # of this sweep's own
         except OSError as error:
             allowed = f"must be a folder to write in ({error.strerror})"
             raise ParameterError("runs_dir", sweep.runs_dir, allowed) from error
-        folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=above))  # of this sweep's own
         try:
             with pool(len(todo), cpu=all(job.experiment.device == "cpu" for job in todo), **where) as workers:
                 _make(sweep, folder, workers, log)
@@ -333,8 +318,8 @@ def _make(sweep: Sweep, folder: Path, pool: Any, log: Log) -> None:
     from pa_core.lab.workers import execute
 
     gpus = f", a GPU each of {', '.join(pool.gpus)}" if pool.gpus else ""
-    expected = duration(estimate(sweep, workers=pool.count))
-    log(f"{pool.count} at a time, threads of each: {pool.threads}{gpus}; {expected}")
+    expected = duration(estimate(sweep, workers=pool.workers))
+    log(f"{pool.workers} at a time, threads of each: {pool.threads}{gpus}; {expected}")
     futures, todo, environment = {}, sweep.to_do, pool.environment
     for number, job in enumerate(todo):
         place = folder / str(number)
@@ -389,17 +374,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pa_core.lab.sweep", description="Make the runs of a sweep file.")
     parser.add_argument("file", help=f"a YAML file with the keys {', '.join(SweepFile.model_fields)}")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, start none")
-    add_shares(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--scheduler", metavar="ADDRESS", help="use a running Dask cluster, such as tcp://node:8786")
     where.add_argument("--cluster", metavar="FILE", help="start one through dask-jobqueue, from a YAML file")
-    return status(partial(_report, **vars(parser.parse_args(words))))
-
-
-def add_shares(parser: argparse.ArgumentParser) -> None:
-    """Add the options that divide this machine."""
-    parser.add_argument("--workers", type=int, help="runs at a time; by default one per GPU, or per core")
-    parser.add_argument("--threads", type=int, help="threads of each run; by default cores divided by workers")
+    return command(parser, _report, words)
 
 
 def _report(*, file: str, dry_run: bool, **where: Any) -> int:
@@ -413,13 +391,16 @@ def _report(*, file: str, dry_run: bool, **where: Any) -> int:
     return 1 if len(failed) else 0
 
 
-def status(work: Callable[[], int]) -> int:
-    """Exit status of a command: its own, 2 when something is refused, 1 when runs are no use, 130 when stopped."""
+def command(parser: argparse.ArgumentParser, work: Callable[..., int], words: Sequence[str] | None) -> int:
+    """Do what a command asks for. Exit status: of ``work``, 2 when it is refused, 1 without runs, 130 when stopped."""
+    parser.add_argument("--workers", type=int, help="runs at a time; by default one per GPU, or per core")
+    parser.add_argument("--threads", type=int, help="threads of each run; by default cores divided by workers")
+    options = vars(parser.parse_args(words))
     for name in ("SIGTERM", "SIGHUP"):  # ask to stop, and get the same good order as Ctrl-C
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
-        return work()
+        return work(**options)
     except (ParameterError, RunError) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, ParameterError) else 1

@@ -61,15 +61,26 @@ runpy.run_module("papermill", run_name="__main__", alter_sys=True)
 _OPTIONS = "--no-progress-bar --log-level WARNING --stdout-file - --stderr-file -".split()
 
 
-class Machine(NamedTuple):
-    """How runs share this machine: ``workers`` at a time, ``threads`` each, and a GPU each where there are some."""
+class Pool(NamedTuple):
+    """A number of workers, and ``threads`` and a GPU (where there are some) for the one run at a time of each."""
 
     workers: int
     threads: int
     gpus: tuple[str, ...] = ()
+    client: Any = None  # Dask's
+    resources: dict[str, int] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that a run needs beside its worker's own."""
+        path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+        places = {"PA_RUNS": runs_home(), "PA_DATA": data_home(), "PWD": Path.cwd()}
+        fixed = {"PYTHONPATH": path.strip(os.pathsep), "JUPYTER_PREFER_ENV_PATH": "1"}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
+        return fixed | threads | {name: str(folder.absolute()) for name, folder in places.items()}
 
 
-def machine(*, workers: int | None = None, threads: int | None = None, cpu: bool = False) -> Machine:
+def machine(*, workers: int | None = None, threads: int | None = None, cpu: bool = False) -> Pool:
     """This machine, divided: a run per GPU; without GPUs a run per core, or fewer where memory is short (2 GB each).
 
     Of ``workers`` and ``threads`` one follows from the other; ``cpu`` leaves the GPUs alone. What is left to do plays
@@ -83,7 +94,7 @@ def machine(*, workers: int | None = None, threads: int | None = None, cpu: bool
     if workers is None:
         most = len(devices) or max(1, min(cores, memory // 2**31))
         workers = most if threads is None else max(1, min(most, cores // threads))
-    return Machine(workers, threads or max(1, cores // workers), devices)
+    return Pool(workers, threads or max(1, cores // workers), devices)
 
 
 def gpus() -> tuple[str, ...]:
@@ -177,25 +188,6 @@ def _here(parameters: dict[str, Any], environment: dict[str, str], log: TextIO) 
 # Workers
 
 
-class Pool(NamedTuple):
-    """A Dask client, and how its workers are used: ``count`` runs at a time with ``threads`` each."""
-
-    client: Client
-    count: int
-    threads: int
-    gpus: tuple[str, ...] = ()
-    resources: dict[str, int] | None = None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables that a run needs beside its worker's own."""
-        path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
-        places = {"PA_RUNS": runs_home(), "PA_DATA": data_home(), "PWD": Path.cwd()}
-        fixed = {"PYTHONPATH": path.strip(os.pathsep), "JUPYTER_PREFER_ENV_PATH": "1"}
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
-        return fixed | threads | {name: str(folder.absolute()) for name, folder in places.items()}
-
-
 @contextmanager
 def pool(
     jobs: int,
@@ -223,21 +215,21 @@ def pool(
                 allowed = f"must be the address of a Dask scheduler that answers ({reason})"
                 raise ParameterError("scheduler", scheduler, allowed) from error
             cores: Any = client.nthreads()
-            yield Pool(client, sum(cores.values()), threads or 1)
+            yield Pool(sum(cores.values()), threads or 1, client=client)
         elif cluster:
             started, count, each = job_cluster(cluster)
             stack.enter_context(started).scale(jobs=count)
             client = stack.enter_context(Client(started, set_as_default=False))
-            yield Pool(client, count, threads or each, resources={"run": 1})
+            yield Pool(count, threads or each, client=client, resources={"run": 1})
         else:
             here = machine(workers=workers, threads=threads, cpu=cpu)
-            count = min(here.workers, jobs)
+            here = here._replace(workers=min(here.workers, jobs))
             # free ports, so that sweeps do not get in each other's way
             options = {"dashboard_address": ":0", "memory_limit": 0, "silence_logs": logging.CRITICAL}
             options |= {"threads_per_worker": 1, "preload": [_IGNORE_CTRL_C]}
-            started = stack.enter_context(LocalCluster(n_workers=count, **options))
+            started = stack.enter_context(LocalCluster(n_workers=here.workers, **options))
             client = stack.enter_context(Client(started, set_as_default=False))
-            yield Pool(client, count, here.threads, here.gpus)
+            yield here._replace(client=client)
 
 
 def job_cluster(file: str | os.PathLike) -> tuple[Any, int, int]:
