@@ -205,7 +205,8 @@ def test_pruned_weights_stay_zero_to_the_end(tmp_path, monkeypatch):
     def prune(network, share):
         real(network, share)
         state = models.plain_state(network)
-        zeros.append({name: state[name] == 0 for name in state if f"{name}_mask" in network.state_dict()})
+        layers = [name.removesuffix(models.MASK) for name in network.state_dict() if name.endswith(models.MASK)]
+        zeros.append({f"{layer}weight": state[f"{layer}weight"] == 0 for layer in layers})
 
     monkeypatch.setattr(models, "prune", prune)
     run = experiment.run(prepared, **QUIET)
