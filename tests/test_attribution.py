@@ -509,7 +509,6 @@ RECTIFIED = {"guided_backprop", "guided_gradcam", "deconvolution"}
         ([nn.ReLU(), nn.MaxPool2d(3, 2, dilation=2)], {"deeplift"}),
         (TWICE, {"deconvolution", "deeplift"}),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("head", ["random", "zero"])
 def test_rules_that_would_silently_be_plain_gradients_are_refused(layers, refused, head):
