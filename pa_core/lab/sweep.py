@@ -70,11 +70,10 @@ def checked(model: type[M], content: Mapping[str, Any], *, name: str) -> M:
     except ValidationError as error:
         first, fields = error.errors()[0], model.model_fields
     where = [str(part) for part in first["loc"] if "[" not in str(part)]  # without the types that pydantic tried
-    allowed = f"must be one of {', '.join(fields)}{did_you_mean(where[0], fields)}"
-    if where[0] in fields:
-        allowed = f"must be {fields[where[0]].description}"
+    known = f"one of {', '.join(fields)}{did_you_mean(where[0], fields)}"
+    must = fields[where[0]].description if where[0] in fields else known
     value = None if first["type"] == "missing" else first["input"]
-    raise ParameterError(f"{name}: {'.'.join(where)}", value, allowed)
+    raise ParameterError(f"{name}: {'.'.join(where)}", value, f"must be {must}")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -160,8 +159,8 @@ def expand(content: Mapping[str, Any], *, name: str = "sweep", folder: Path | No
     for arm, given in (file.arms or {"": {}}).items():
         own = given or {}
         for parameter in own.keys() & axes.keys():
-            allowed = f"must not be set here: {of[parameter]} sets it"
-            raise ParameterError(f"{name}: arms.{arm}.{parameter}", own[parameter], allowed)
+            place = f"{name}: arms.{arm}.{parameter}"
+            raise ParameterError(place, own[parameter], f"must not be set here: {of[parameter]} sets it")
         places = {p: f"base.{p}" for p in base} | {p: f"arms.{arm}.{p}" for p in own} | of
         for values in itertools.product(*axes.values()):
             parameters = {**base, **own, **dict(zip(axes, values, strict=True))}
