@@ -18,9 +18,8 @@ A study is a file of params/study/:
     decomposition: [{arm: a, unmasked: b, honest: c}]
     around: salient                         # the other arms differ from this one in one parameter each
 
-Its runs are a sweep's, made without notebooks: the same that 03_proxy_loop makes of an arm's file.
-figures/study_a_runs.csv has a row per run and metric, with the schema and the code version that made them;
-figures/study_a.csv follows from it.
+Its runs are a sweep's, made without notebooks: the same that 03_proxy_loop makes of an arm's file. figures/study_a.csv
+follows from figures/study_a_runs.csv, with a row per run and metric, and the schema and code version that made them.
 """
 
 from __future__ import annotations
@@ -225,9 +224,9 @@ def _values(study: Study) -> dict[str, dict[str, str]]:
 def publish(study: Study, runs: pd.DataFrame, *, folder: str, used: Sequence[Any] = ()) -> list[Path]:
     """Write study_X_runs.csv, and each table with its figure and provenance. Returns the figures."""
     album = figures.Album(figures_dir=folder, command=f"make study STUDY={study.name}")
-    made, made_by = tables(study, runs), runs.assign(schema=SCHEMA, code_version=code_version())  # no others are found
-    with replacing(Path(folder) / f"study_{study.name}_runs.csv") as temporary:
-        made_by.to_csv(temporary, index=False)
+    made = tables(study, runs)
+    with replacing(Path(folder) / f"study_{study.name}_runs.csv") as temporary:  # no runs of other code are ever found
+        runs.assign(schema=SCHEMA, code_version=code_version()).to_csv(temporary, index=False)
     return [album.save(draw(study, name, table), name, table=table, used=used) for name, table in made.items()]
 
 
