@@ -283,7 +283,7 @@ def test_a_batch_system_that_does_not_exist_is_refused(tmp_path, text):
 class Lab:
     """A folder with a sweep of up to ``SEEDS`` seeds, whose runs are made by the stub."""
 
-    SEEDS = 60
+    SEEDS = 24
 
     def __init__(self, folder: Path) -> None:
         self.runs, self.stub, self.file = folder / "runs", folder / "stub", folder / "seeds.yaml"
@@ -321,9 +321,9 @@ class Lab:
         """In this process."""
         return sweep.run(self.write(count), log=self.lines.append, **{"workers": 2, **options})
 
-    def start(self, count: int) -> subprocess.Popen:
+    def start(self, count: int, *words: str) -> subprocess.Popen:
         """The command, in a process and process group of its own."""
-        command = [sys.executable, "-m", "pa_core.lab.sweep", str(self.write(count)), "--workers", "2"]
+        command = [sys.executable, "-m", "pa_core.lab.sweep", str(self.write(count)), *(words or ("--workers", "2"))]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         environment = os.environ | self.environment
         self.started.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
@@ -442,11 +442,11 @@ def test_a_killed_worker_has_its_run_started_again(lab):
 
 def test_many_runs_on_two_workers(lab):
     before = descendants(os.getpid())
-    frame = lab.sweep(60)
-    assert list(frame["status"]) == ["finished"] * 60 and frame["run"].nunique() == 60
-    assert lab.trained == dict.fromkeys(range(60), 1)
-    assert len(list(lab.runs.glob("*/notebook.ipynb"))) == 60
-    assert [line for line in lab.lines if line.startswith("[60/60]")]
+    frame = lab.sweep(24)
+    assert list(frame["status"]) == ["finished"] * 24 and frame["run"].nunique() == 24
+    assert lab.trained == dict.fromkeys(range(24), 1)
+    assert len(list(lab.runs.glob("*/notebook.ipynb"))) == 24
+    assert [line for line in lab.lines if line.startswith("[24/24]")]
     until(lambda: not [p for p in alive(descendants(os.getpid())) if p not in before])
     assert {threads for _, _, threads, _ in lab.noted("started")} == {str(workers.machine(workers=2).threads)}
 
@@ -519,12 +519,19 @@ def test_interrupted_it_stops_within_seconds_and_says_so(lab, how):
 
 
 def test_on_a_running_dask_cluster(lab):
+    """Its workers stay; a run under way ends with the sweep, also with one that is killed."""
     from distributed import LocalCluster
 
-    lab.behave(_1="error")
+    lab.behave(_1="error", _4="wait", _5="wait")
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit=0) as cluster:
         frame = lab.sweep(4, scheduler=cluster.scheduler_address, threads=3, workers=None)
-        assert len(cluster.scheduler.workers) == 2  # they stay
+        process = lab.start(6, "--scheduler", cluster.scheduler_address, "--threads", "3")
+        lab.wait_for(7)  # 1 failed and is tried again
+        under_way = [psutil.Process(int(pid)) for seed, pid, *_ in lab.noted("started") if seed in "45"]
+        process.kill()
+        process.wait()
+        until(lambda: not alive(under_way))
+        assert len(cluster.scheduler.workers) == 2
     assert list(frame["status"]) == ["finished", "failed", "finished", "finished"]
     assert {threads for _, _, threads, _ in lab.noted("started")} == {"3"}
 

@@ -17,9 +17,7 @@ from pa_core.errors import ParameterError
 from pa_core.files import home, replacing, shown
 from pa_core.params import PARAMETERS, markdown
 
-_EXPERIMENT = {
-    p.name: (p.default, p.description + (f" ({p.allowed})" if p.allowed else "")) for p in PARAMETERS.values()
-}
+_EXPERIMENT = {p.name: (p.default, p.description + f" ({p.allowed})" * bool(p.allowed)) for p in PARAMETERS.values()}
 _DATA = ["dataset", "data_dir", "bad_images", "image_size", "train_fraction", "folds", "fold", "seed"]
 _FIGURES = {"figures_dir": ("figures/quick", "where figures are saved; this default lies in the repository")}
 _ANALYSIS = {

@@ -18,9 +18,8 @@ A study is a file of params/study/:
     decomposition: [{arm: a, unmasked: b, honest: c}]
     around: salient                         # the other arms differ from this one in one parameter each
 
-Its runs are a sweep's, made without notebooks: the same that 03_proxy_loop makes of an arm's file.
-figures/study_a_runs.csv has a row per run and metric, with the schema and the code version that made them;
-figures/study_a.csv follows from it.
+Its runs are a sweep's, made without notebooks: the same that 03_proxy_loop makes of an arm's file. figures/study_a.csv
+follows from figures/study_a_runs.csv, with a row per run and metric, and the schema and code version that made them.
 """
 
 from __future__ import annotations
@@ -51,9 +50,10 @@ FREE |= {"cutmix_alpha", "seed"}
 FOLDER = home() / "params" / "study"
 BETWEEN = ": "
 DECOMPOSITION = "_decomposition"
-COMMITTED, OWN = "committed", "runs"
+SOURCES = COMMITTED, OWN = "committed", "runs"
 
 
+Parameters = dict[str, Any] | str
 Difference = Annotated[Contrast, BeforeValidator(Contrast.parse)]
 
 
@@ -67,10 +67,8 @@ class StudyFile(BaseModel):
     contrasts: list[Difference] = Field([], description="a list such as [salient - permuted]")
     contrast_seeds: int = Field(0, ge=1, strict=True, description="how many, a whole number of at least 1")
     described: list[Difference] = Field([], description="a list such as [salient - rest]")
-    arms: dict[str, dict[str, Any] | str | list[dict[str, Any] | str]] = Field(
-        description="parameters or a params file by name; with several datasets a list of them"
-    )
-    base: dict[str, Any] | str = Field({}, description="names and values of parameters, or a params file")
+    arms: dict[str, Parameters | list[Parameters]] = Field(description="parameters or a params file, or lists, by name")
+    base: Parameters = Field({}, description="names and values of parameters, or a params file")
     datasets: list[str] = Field([], description="a list of names")
     may_differ: list[str] = Field([], description="a list of parameters")
     other_length: list[str] = Field([], description="a list of arms")
@@ -101,8 +99,7 @@ def read(name: str) -> Study:
     file = sweep.checked(StudyFile, read_yaml(path), name=path.stem)
     most, limit = file.contrast_seeds or file.seeds, statistics.MAX_PAIRS_FOR_P_VALUE
     if file.contrasts and most > limit:
-        allowed = f"must be at most {limit}, for an exact test of so many pairs"
-        raise ParameterError(f"{path.stem}: seeds", most, allowed)
+        raise ParameterError(f"{path.stem}: seeds", most, f"must be at most {limit}, or no exact test is made")
     tested = {arm for contrast in file.contrasts for arm in (contrast.arm, contrast.against)}
     arms = _arms(path, file)
     count = {label: most if split(label)[1] in tested else file.seeds for label in arms}
@@ -139,7 +136,7 @@ def _check(study: Study, by_label: dict[str, Experiment]) -> None:
     file = study.file
     asked = [file.reference, *file.other_length, *(name for part in file.decomposition for name in part.values())]
     asked += [name for c in (*file.contrasts, *file.described) for name in (c.arm, c.against)]
-    for name in [*asked, *filter(None, [file.around])]:
+    for name in (*asked, file.around or file.reference):
         if name not in file.arms:
             allowed = f"must be one of {', '.join(sorted(file.arms))}{did_you_mean(name, file.arms)}"
             raise ParameterError(f"{study.name}: arm", name, allowed)
@@ -165,15 +162,14 @@ def collect(study: Study, frame: pd.DataFrame, *, partial: bool = False) -> pd.D
     ``partial`` takes the runs that there are; else RunError says which has not finished. RunError, too, where the runs
     of one seed do not share data, split and device.
     """
-    undone = frame[frame["status"] != sweep.FINISHED]
-    if len(undone) and not partial:
-        first = undone.iloc[0]["arm"]
-        raise RunError(f"study {study.name} needs {len(frame)} runs; {len(undone)} have not finished, {first} first")
+    undone = frame.loc[frame["status"] != sweep.FINISHED, "arm"].tolist()
+    if undone and not partial:
+        allowed = f"{len(undone)} have not finished, {undone[0]} first"
+        raise RunError(f"study {study.name} needs {len(frame)} runs; {allowed}")
     if len(undone) == len(frame):
         return pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
-    labels = [split(label) for label in frame["arm"]]
-    frame = frame.assign(dataset=[dataset for dataset, _ in labels], arm=[arm for _, arm in labels])
-    return results.runs_table(frame, study=study.name)
+    dataset, arm = zip(*map(split, frame["arm"]), strict=True)
+    return results.runs_table(frame.assign(dataset=dataset, arm=arm), study=study.name)
 
 
 def tables(study: Study, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -228,9 +224,9 @@ def _values(study: Study) -> dict[str, dict[str, str]]:
 def publish(study: Study, runs: pd.DataFrame, *, folder: str, used: Sequence[Any] = ()) -> list[Path]:
     """Write study_X_runs.csv, and each table with its figure and provenance. Returns the figures."""
     album = figures.Album(figures_dir=folder, command=f"make study STUDY={study.name}")
-    made, made_by = tables(study, runs), runs.assign(schema=SCHEMA, code_version=code_version())  # no others are found
-    with replacing(Path(folder) / f"study_{study.name}_runs.csv") as temporary:
-        made_by.to_csv(temporary, index=False)
+    made = tables(study, runs)
+    with replacing(Path(folder) / f"study_{study.name}_runs.csv") as temporary:  # no runs of other code are ever found
+        runs.assign(schema=SCHEMA, code_version=code_version()).to_csv(temporary, index=False)
     return [album.save(draw(study, name, table), name, table=table, used=used) for name, table in made.items()]
 
 
@@ -243,9 +239,8 @@ def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple
     ``source`` is ``committed``, the runs in figures/, or ``runs``, those in ``runs_dir`` as far as they have finished.
     Without runs an empty figure says so. ParameterError where there is no such source or study.
     """
-    if source not in (COMMITTED, OWN):
-        allowed = f"must be one of {COMMITTED}, {OWN}{did_you_mean(source, (COMMITTED, OWN))}"
-        raise ParameterError("studies", source, allowed)
+    if source not in SOURCES:
+        raise ParameterError("studies", source, f"must be one of {', '.join(SOURCES)}{did_you_mean(source, SOURCES)}")
     study = read(name.removeprefix("study_").removesuffix(DECOMPOSITION))
     runs = committed_runs(study.name) if source == COMMITTED else so_far(study, runs_dir=runs_dir)
     table = tables(study, runs)[name]

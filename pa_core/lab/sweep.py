@@ -8,10 +8,9 @@
       proxies: {schedule: "20,p,20"}
     seeds: [0, 1, 2]
 
-Every combination is a run, a `papermill` process on a Dask worker: of this machine, of a running cluster, or of a batch
-system. With ``notebook: none`` the worker itself makes the same run, without a kernel to start and a notebook to keep.
-What is finished is known by the runs' identities, so the same command continues a sweep that was stopped in whatever
-way. Importing this module loads neither torch nor Dask.
+Every combination is a run: a `papermill` process on a Dask worker, or with ``notebook: none`` the worker's own. What is
+finished is known by the runs' identities, so the same command continues a sweep that was stopped in whatever way.
+Importing this module loads neither torch nor Dask.
 """
 
 from __future__ import annotations
@@ -70,11 +69,10 @@ def checked(model: type[M], content: Mapping[str, Any], *, name: str) -> M:
     except ValidationError as error:
         first, fields = error.errors()[0], model.model_fields
     where = [str(part) for part in first["loc"] if "[" not in str(part)]  # without the types that pydantic tried
-    allowed = f"must be one of {', '.join(fields)}{did_you_mean(where[0], fields)}"
-    if where[0] in fields:
-        allowed = f"must be {fields[where[0]].description}"
+    known = f"one of {', '.join(fields)}{did_you_mean(where[0], fields)}"
+    must = fields[where[0]].description if where[0] in fields else known
     value = None if first["type"] == "missing" else first["input"]
-    raise ParameterError(f"{name}: {'.'.join(where)}", value, allowed)
+    raise ParameterError(f"{name}: {'.'.join(where)}", value, f"must be {must}")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -160,8 +158,8 @@ def expand(content: Mapping[str, Any], *, name: str = "sweep", folder: Path | No
     for arm, given in (file.arms or {"": {}}).items():
         own = given or {}
         for parameter in own.keys() & axes.keys():
-            allowed = f"must not be set here: {of[parameter]} sets it"
-            raise ParameterError(f"{name}: arms.{arm}.{parameter}", own[parameter], allowed)
+            place = f"{name}: arms.{arm}.{parameter}"
+            raise ParameterError(place, own[parameter], f"must not be set here: {of[parameter]} sets it")
         places = {p: f"base.{p}" for p in base} | {p: f"arms.{arm}.{p}" for p in own} | of
         for values in itertools.product(*axes.values()):
             parameters = {**base, **own, **dict(zip(axes, values, strict=True))}
@@ -263,9 +261,8 @@ def run(
     ``source`` is a sweep file, or what it would hold; a dry run only lists the runs; ``where`` are ``workers``,
     ``threads``, ``scheduler`` and ``cluster``, see `workers.pool`, by default this machine. Returns :func:`table`.
 
-    Raises:
-        ParameterError: before the first run: the file asks for something that does not exist, or Dask is missing.
-        KeyboardInterrupt: after the runs under way were stopped.
+    ParameterError before the first run, where something asked for does not exist; KeyboardInterrupt after the runs
+    under way were stopped.
     """
     sweep = source if isinstance(source, Sweep) else expand(source) if isinstance(source, Mapping) else read(source)
     look_up(sweep)
@@ -288,8 +285,8 @@ def run(
             above.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=above))  # of this sweep's own
         except OSError as error:
-            allowed = f"must be a folder to write in ({error.strerror})"
-            raise ParameterError("runs_dir", sweep.runs_dir, allowed) from error
+            must = f"must be a folder to write in ({error.strerror})"
+            raise ParameterError("runs_dir", sweep.runs_dir, must) from error
         try:
             with pool(len(todo), cpu=all(job.experiment.device == "cpu" for job in todo), **where) as workers:
                 _make(sweep, folder, workers, log)
@@ -362,7 +359,6 @@ def _note(job: Job, future: Any, place: Path, locate: Callable[[Experiment], Pat
 
 
 def duration(seconds: float | None) -> str:
-    """``about 1:05:00``."""
     return "no finished run tells how long" if seconds is None else f"about {timedelta(seconds=round(seconds))}"
 
 
@@ -383,12 +379,11 @@ def main(words: Sequence[str] | None = None) -> int:
 def _report(*, file: str, dry_run: bool, **where: Any) -> int:
     frame = run(file, dry_run=dry_run, **where)
     failed = frame.loc[frame["status"] == FAILED].drop_duplicates(["error", "cell", "kept"])
-    for row in failed.to_dict("records"):
-        print(f"failed: {row['error']}\n    {row['cell'] or 'no cell'}\n    {row['kept']}", file=sys.stderr)
+    for row in failed.itertuples():
+        print(f"failed: {row.error}\n    {row.cell or 'no cell'}\n    {row.kept}", file=sys.stderr)
     if not dry_run:
-        done = list(frame["status"]).count(FINISHED)
-        print(f"{done} of {len(frame)} finished, {len(frame) - done} failed")
-    return 1 if len(failed) else 0
+        print(f"{sum(frame['status'] == FINISHED)} of {len(frame)} finished, {sum(frame['status'] == FAILED)} failed")
+    return min(1, len(failed))
 
 
 def command(parser: argparse.ArgumentParser, work: Callable[..., int], words: Sequence[str] | None) -> int:

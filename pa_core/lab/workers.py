@@ -90,18 +90,17 @@ def machine(*, workers: int | None = None, threads: int | None = None, cpu: bool
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
             raise ParameterError(name, value, "must be at least 1")
-    devices = () if cpu else gpus()
+    devices = () if cpu else _gpus()
     if workers is None:
         most = len(devices) or max(1, min(cores, memory // 2**31))
         workers = most if threads is None else max(1, min(most, cores // threads))
     return Pool(workers, threads or max(1, cores // workers), devices)
 
 
-def gpus() -> tuple[str, ...]:
+def _gpus() -> tuple[str, ...]:
     """The GPUs of this machine as CUDA_VISIBLE_DEVICES takes them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return tuple(str(number) for number in range(importlib.import_module("torch").cuda.device_count()))
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        visible = ",".join(map(str, range(importlib.import_module("torch").cuda.device_count())))
     return tuple(name.strip() for name in visible.split(",") if name.strip() not in ("", "-1"))
 
 
@@ -190,12 +189,7 @@ def _here(parameters: dict[str, Any], environment: dict[str, str], log: TextIO) 
 
 @contextmanager
 def pool(
-    jobs: int,
-    *,
-    scheduler: str | None = None,
-    cluster: str | os.PathLike | None = None,
-    cpu: bool = False,
-    **shares: Any,
+    jobs: int, *, scheduler: str | None = None, cluster: str | None = None, cpu: bool = False, **shares: Any
 ) -> Iterator[Pool]:
     """Workers for so many jobs: those of a ``scheduler``, of a ``cluster``'s file, or of this machine.
 
@@ -207,29 +201,27 @@ def pool(
         raise ParameterError("workers", workers, "must not be given with a scheduler or cluster, which has its own")
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(SETTINGS))
-        if scheduler:
-            try:
-                client = stack.enter_context(Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False))
-            except (OSError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                allowed = f"must be the address of a Dask scheduler that answers ({reason})"
-                raise ParameterError("scheduler", scheduler, allowed) from error
-            cores: Any = client.nthreads()
-            yield Pool(sum(cores.values()), threads or 1, client=client)
-        elif cluster:
-            started, count, each = job_cluster(cluster)
-            stack.enter_context(started).scale(jobs=count)
-            client = stack.enter_context(Client(started, set_as_default=False))
-            yield Pool(count, threads or each, client=client, resources={"run": 1})
-        else:
+        address: Any = scheduler
+        if cluster:
+            address, count, each = job_cluster(cluster)
+            stack.enter_context(address).scale(jobs=count)
+            here = Pool(count, threads or each, resources={"run": 1})
+        elif not scheduler:
             here = machine(workers=workers, threads=threads, cpu=cpu)
             here = here._replace(workers=min(here.workers, jobs))
             # free ports, so that sweeps do not get in each other's way
             options = {"dashboard_address": ":0", "memory_limit": 0, "silence_logs": logging.CRITICAL}
             options |= {"threads_per_worker": 1, "preload": [_IGNORE_CTRL_C]}
-            started = stack.enter_context(LocalCluster(n_workers=here.workers, **options))
-            client = stack.enter_context(Client(started, set_as_default=False))
-            yield here._replace(client=client)
+            address = stack.enter_context(LocalCluster(n_workers=here.workers, **options))
+        try:
+            client = stack.enter_context(Client(address, timeout=CONNECT_SECONDS, set_as_default=False))
+        except (OSError, ValueError) as error:
+            allowed = f"must be the address of a Dask scheduler that answers ({' '.join(str(error).split())})"
+            raise ParameterError("scheduler", scheduler, allowed) from error
+        if scheduler:
+            cores: Any = client.nthreads()
+            here = Pool(sum(cores.values()), threads or 1)
+        yield here._replace(client=client)
 
 
 def job_cluster(file: str | os.PathLike) -> tuple[Any, int, int]:
@@ -250,6 +242,6 @@ def job_cluster(file: str | os.PathLike) -> tuple[Any, int, int]:
     try:
         cluster = getattr(jobqueue, known[system])(**options)
     except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ParameterError("cluster", content, f"must be what dask-jobqueue takes ({reason})") from error
+        allowed = f"must be what dask-jobqueue takes ({' '.join(str(error).split())})"
+        raise ParameterError("cluster", content, allowed) from error
     return cluster, jobs, max(1, int(options.get("cores", 1)) // processes)
