@@ -115,7 +115,7 @@ def test_comments_docstrings_lab_and_formatting_make_nothing_stale(copy, monkeyp
     for file in copy.rglob("*.py"):  # all comments, blank lines and formatting go
         file.write_text(ast.unparse(ast.parse(file.read_text())) + "\n# another comment\n")
     change(copy, "masking.py", '"""Pure tensor rules', '"""Other words for tensor rules')
-    change(copy, "masking.py", '"""Which pixels are masked.', '"""Other words.')
+    change(copy, "masking.py", '"""Which pixels of maps', '"""Other words.')
     (copy / "lab").mkdir(exist_ok=True)
     (copy / "lab" / "more.py").write_text("x = 1\n")
     assert version_of(copy, monkeypatch) == VERSION

@@ -58,7 +58,7 @@ BAD = [
     ({"train_fraction": 1.5}, None, ["above 0, at most 1"]),
     ({"fold": 40}, None, ["0 to 39", "folds=40"]),
     ({"model": "resnet81"}, None, ["timm.list_models()", "did you mean 'resnet"]),
-    ({"model": "resnet18.a9_in1k"}, None, ["one of its tags", "a1_in1k"]),
+    ({"model": "resnet18.a9_in1k"}, None, ["must be one of resnet18, resnet18.a1_in1k", "a1_in1k"]),
     ({"pretrained": "no/such/file.safetensors"}, None, ["true, false or a weights file", "exists"]),
     ({"pretrained": "maybe"}, None, ["true, false, or a weights file"]),
     ({"cam_layer": "layer9"}, None, ["module's dotted name", "did you mean 'layer"]),

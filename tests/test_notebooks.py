@@ -115,7 +115,7 @@ def test_an_edited_one_of_the_repository_is_refused_and_a_copy_is_not(name, tmp_
     path.write_text(text.replace('figures_dir = \\"figures/quick\\"', 'figures_dir = \\"mine\\"'))
     notebooks.refuse_edited(path)
     monkeypatch.setattr(notebooks, "home", lambda: tmp_path)
-    with pytest.raises(ParameterError, match="figures_dir is 'mine', not 'figures/quick'"):
+    with pytest.raises(ParameterError, match='must have the default parameters, not figures_dir = "mine"'):
         notebooks.refuse_edited(path)
 
 
