@@ -58,11 +58,9 @@ def change(
     e = experiment
     if "erase" in e.augmentations:
         images = erase(images, maps, region=e.erase_region, probability=e.erase_probability, draws=draws["erase"])
-    mixed, label_maps = [], maps if e.mix_labels == "attention" else None
+    mixed, by = [], (maps if e.mix_labels == "attention" else None)
     if "cutmix" in e.augmentations:
-        mixed.append(
-            cutmix(images, label_maps, probability=e.mix_probability, alpha=e.cutmix_alpha, draws=draws["cutmix"])
-        )
+        mixed.append(cutmix(images, by, probability=e.mix_probability, alpha=e.cutmix_alpha, draws=draws["cutmix"]))
     if "mixup" in e.augmentations:
         mixed.append(mixup(images, probability=e.mix_probability, draws=draws["mixup"]))
     if not mixed:

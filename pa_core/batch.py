@@ -34,11 +34,9 @@ class Pool:
     def of(cls, part: Part) -> Pool:
         """The part as it is, without maps."""
         n = len(part)
-        false = torch.zeros(n, dtype=torch.bool)
+        off = torch.zeros(n, dtype=torch.bool)
         maps = torch.zeros(0, 1, 1, dtype=torch.float16, device=part.resident or "cpu")
-        return cls(
-            part=part, origin=torch.arange(n), row=torch.full((n,), -1), proxied=false, withheld=false, maps=maps
-        )
+        return cls(part=part, origin=torch.arange(n), row=torch.full((n,), -1), proxied=off, withheld=off, maps=maps)
 
     def __len__(self) -> int:
         return len(self.origin)

@@ -132,8 +132,7 @@ def _begin(prepared: Prepared, log: Log) -> Walk:
     path, e, dataset, where = prepared.path, prepared.experiment, prepared.dataset, prepared.device
     manifest, checkpoint = Run(path).manifest, runs.load_checkpoint(path, log)
     for name, value in {"split_digest": dataset.split_digest, "precision": prepared.precision}.items():
-        if manifest and manifest[name] != value:  # digest and code version are in the directory's name
-            was = manifest[name]
+        if manifest and (was := manifest[name]) != value:  # digest and code version are in the directory's name
             raise RunError(f"{shown(path)} cannot be continued: its {name} is {was}, and would now be {value}")
     torch.manual_seed(derived_seed(e.seed, "training"))
     batch_size = manifest.get("batch_size") or _batch_size(prepared, log)

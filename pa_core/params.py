@@ -49,9 +49,7 @@ class Parameters(BaseModel):
 
     # data
     dataset: Text = _p("fashion_mini", "a name from pa_core.data.names(), or folder")
-    data_dir: Text | None = _p(
-        None, "the folder of your images, or where a torchvision dataset lies or is downloaded to"
-    )
+    data_dir: Text | None = _p(None, "the folder of your images, or of a torchvision dataset")
     bad_images: Literal["refuse", "skip"] = _p("refuse", "what is done about image files that cannot be used")
     image_size: Annotated[int, Ge(16), Le(4096)] | None = _p(None, "pixels per side; none is the dataset's own")
     train_fraction: Share = _p(1.0, "share of the training images that is used, at least one per class")
@@ -63,7 +61,7 @@ class Parameters(BaseModel):
     # explanation
     xai: Name = _p("gradcam++", "explanation method; docs/methods.md has all")
     xai_target: Literal["predicted", "label"] = _p("predicted", "which class is explained")
-    cam_layer: Text | None = _p(None, "dotted name of the module whose output CAMs use; none is the model's own")
+    cam_layer: Text | None = _p(None, "a module's dotted name: CAMs use its output; none is the model's own")
     smooth: Literal["none", "gaussian", "eigen", "flip"] = _p("none", "how maps are smoothed")
     permute_maps: bool = _p(False, "each image gets the map of another one: the control for where is masked")
     # schedule and selection

@@ -2,7 +2,7 @@
 
 ``clean`` (the default): all training images, some as proxies, the same in every stage.
 
-``thesis``: what the predecessor's (the thesis's) published code does, to see what its numbers are made of. Every stage, ``p``
+``thesis``: what the predecessor's published code does, to see what its numbers are made of. Every stage, ``p``
 included, draws a share (``train_fraction``) of the images and halves them, stratified, while the weights carry over:
 it trains on one half, and the accuracy on the other is what it reports. ``p`` trains for an epoch, too; at its end a
 fraction of the images of its training half that the network gets wrong, in random order, become proxies. Those lie

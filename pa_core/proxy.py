@@ -67,19 +67,17 @@ def pool(part: Part, experiment: Experiment, steps: Sequence[Step]) -> Pool:
     overlays = {"clean": (e.overlay, e.copies), "thesis": ("append", 1), "thesis_text": ("replace", 1)}
     overlay, copies = overlays[e.protocol]
     positions, maps = torch.cat([step.positions for step in steps]), torch.cat([step.maps for step in steps])
-    rows, row, false = torch.arange(len(positions)), plain.row.clone(), plain.proxied
+    rows, row, off = torch.arange(len(positions)), plain.row.clone(), plain.proxied
     for step, its_rows in zip(steps, rows.split([len(step.positions) for step in steps]), strict=True):
         row[step.positions] = its_rows  # one step after the other: the later map wins
     selected = row >= 0
-    appended = rows.repeat(copies) if overlay == "append" else rows[:0]
+    added = rows.repeat(copies) if overlay == "append" else rows[:0]
     return Pool(
         part=part,
-        origin=torch.cat([plain.origin, positions[appended]]),
-        row=torch.cat([row, appended]),
-        proxied=torch.cat(
-            [selected if overlay == "replace" and e.masks else false, torch.full(appended.shape, e.masks)]
-        ),
-        withheld=torch.cat([selected if overlay == "withhold" else false, torch.full(appended.shape, False)]),
+        origin=torch.cat([plain.origin, positions[added]]),
+        row=torch.cat([row, added]),
+        proxied=torch.cat([selected if overlay == "replace" and e.masks else off, torch.full(added.shape, e.masks)]),
+        withheld=torch.cat([selected if overlay == "withhold" else off, torch.full(added.shape, False)]),
         maps=maps,
     )
 
@@ -298,5 +296,5 @@ def _table(part: Part, e: Experiment, choice: Choice, maps: Tensor) -> tuple[pd.
 
 
 def _chunks(n: int) -> tuple[Tensor, ...]:
-    """Equal chunks of at most CHUNK rows, so that no last one holds a single image, for which ``patch`` has no donor."""
+    """Equal chunks of at most CHUNK rows; a last one of a single image would have no donor for ``patch``."""
     return torch.arange(n).tensor_split(-(-n // CHUNK)) if n else ()

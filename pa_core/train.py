@@ -1,8 +1,8 @@
 """One epoch of training, and evaluation; proxy steps and runs are not known here.
 
 Within an epoch the host never waits for the device: order, labels and the few numbers of an augmentation are sent
-ahead, and losses stay on the device until the epoch ends. With fp16 that holds because the fused optimizers skip a step with
-infinite gradients on the device themselves.
+ahead, and losses stay on the device until the epoch ends. With fp16 that holds because the fused optimizers skip a step
+with infinite gradients on the device themselves.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def weighted_loss(logits: Tensor, made: batch.Batch, *, label_smoothing: float) 
 
 
 def batches(n: int, *, draws: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """``draws`` of ``n`` positions in random order, in batches of at most ``batch_size`` and of equal size (or one less).
+    """``draws`` of ``n`` positions in random order, in batches of at most ``batch_size``, equal but for one image.
 
     Otherwise the last batch could hold one image, with which batch normalisation fails.
     """

@@ -53,7 +53,7 @@ class Reopened:
         return selection.select(self.scores, by=e.select, fraction=e.fraction, seed=seed)[:count], self.scores
 
     def proxies(self, count: int = SHOWN) -> Proxies:
-        """Proxies made anew with the trained network, of the images that the run's last proxy step chose first; on the CPU.
+        """Proxies by the trained network of the images that the run's last proxy step selected first, on the CPU.
 
         Only these images are explained and masked. A run without proxy steps has those of :meth:`worst`.
         """
