@@ -1,11 +1,11 @@
 """Proxy Attention: train, ask where the network looked, let the next batches use those maps, repeat.
 
-The package is a chain: a module imports only modules above it.
+The package is a chain: a module imports only modules that stand before it.
 
     errors -> files -> schedule -> coerce -> params -> data -> models -> attribution -> masking -> selection -> augment
     -> batch -> metrics -> runs -> device -> train -> proxy -> protocol -> prepare -> experiment -> lab
 
-One run is below; `lab` is for many runs and for looking at them. Importing ``pa_core`` alone loads none of them;
+All up to `experiment` makes one run; `lab` compares and draws runs. ``import pa_core`` alone loads no module of it;
 ``from pa_core.experiment import run`` loads torch.
 """
 

@@ -1,8 +1,8 @@
 """Geometry, erasing and mixing of whole batches on their device, each sample with its own parameters.
 
-Every kind draws from a generator of its own, on the CPU and as many numbers as the batch has images, whatever their
-maps are: adding a kind, or changing what a map says, changes no draw of another kind, and every device sees the same
-draws. To add a kind: a function here, a line in :func:`change`, a name in `coerce.AUGMENTATIONS`.
+Every kind draws from a generator of its own, on the CPU, and as many numbers as the batch has images, whatever their
+maps are: adding a kind, or another map, changes no draw of another kind, and every device sees the same draws. To add a
+kind: a function here, a line in :func:`change`, a name in `coerce.AUGMENTATIONS`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HARDLY_VISIBLE = 0.25
 
 
 def generators(seed: int, epoch: int) -> Draws:
-    """A CPU generator for each kind of draw, begun anew in each epoch."""
+    """A CPU generator for each kind of random draw, by name, seeded anew in each epoch."""
     names = (*AUGMENTATIONS, "cutmix or mixup", "proxy", "patch", "noise")
     return {name: torch.Generator().manual_seed(derived_seed(seed, name, epoch)) for name in names}
 
@@ -45,12 +45,12 @@ def generators(seed: int, epoch: int) -> Draws:
 def change(
     images: Tensor, labels: Tensor, maps: Tensor | None, *, classes: int, experiment: Experiment, draws: Draws
 ) -> tuple[Tensor, Tensor]:
-    """Erased and mixed images, and what the network is to answer.
+    """Erase and mix: the images, and the targets.
 
     Args:
         images: float32 [n, 3, S, S] in [0, 1].
         labels: int64 [n].
-        maps: float32 [n, S, S] in [0, 1], 0 everywhere for an image without one; None where no kind looks at them.
+        maps: float32 [n, S, S] in [0, 1], 0 everywhere for an image without one; None where no kind uses them.
 
     Returns:
         images; int64 [n], or where labels are mixed float32 [n, classes] with rows that sum to 1.
@@ -58,7 +58,7 @@ def change(
     e = experiment
     if "erase" in e.augmentations:
         images = erase(images, maps, region=e.erase_region, probability=e.erase_probability, draws=draws["erase"])
-    by, mixed = maps if e.mix_labels == "attention" else None, []
+    mixed, by = [], (maps if e.mix_labels == "attention" else None)
     if "cutmix" in e.augmentations:
         mixed.append(cutmix(images, by, probability=e.mix_probability, alpha=e.cutmix_alpha, draws=draws["cutmix"]))
     if "mixup" in e.augmentations:
@@ -89,11 +89,11 @@ class Geometry:
 
     degrees: Tensor | None  # float32 [n], counter-clockwise about the centre
     offset: Tensor | None  # int64 [n, 2], down and right, of a crop
-    flipped: Tensor | None  # bool [n], left to right
+    flipped: Tensor | None  # bool [n], mirrored left to right
 
     @classmethod
     def draw(cls, n: int, size: int, *, kinds: frozenset[str], draws: Draws) -> Geometry:
-        """Rotate by -15 to 15 degrees, drawn evenly; crop after padding by S // 8 (reflected); flip every second."""
+        """Rotate by -15 to 15 degrees, drawn evenly; crop after padding by S // 8 (reflected); flip half of them."""
         degrees = offset = flipped = None
         if "rotate" in kinds:
             degrees = (torch.rand(n, generator=draws["rotate"]) * 2 - 1) * DEGREES
@@ -105,7 +105,7 @@ class Geometry:
         return cls(degrees=degrees, offset=offset, flipped=flipped)
 
     def of(self, rows: Tensor) -> Geometry:
-        """That of some images, int64 [m] on the CPU."""
+        """The geometry of some images, int64 [m] on the CPU."""
         return Geometry(**{name: None if drawn is None else drawn[rows] for name, drawn in vars(self).items()})
 
     def apply(self, images: Tensor) -> Tensor:

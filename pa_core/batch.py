@@ -1,8 +1,8 @@
 """One training batch on its device: images, labels and maps -> what the network sees.
 
-Geometry, proxies, erasing and mixing are applied in this order. A map is upsampled and moved with its image first, so
-that shares and quantiles are taken of what the network sees. Nothing here makes the host wait for the device: which
-images are changed by a map is known on the CPU.
+In this order: flip, crop and rotation (`augment.Geometry`), proxies, erasing, mixing. A map is upsampled and moved with
+its image first, so that shares and quantiles are taken of what the network sees. The host never waits for the device:
+which images are changed by a map is known on the CPU.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ class Pool:
 
     part: Part
     origin: Tensor  # int64 [M], positions in the part; all but the maps are on the CPU
-    row: Tensor  # int64 [M], the entry's map among ``maps``, -1 for none
-    proxied: Tensor  # bool [M], whether a draw may be masked by the map
-    withheld: Tensor  # bool [M], whether a draw has no part in the loss
+    row: Tensor  # int64 [M], the entry's row of ``maps``, -1 for none
+    proxied: Tensor  # bool [M], whether a draw is masked by its map (with proxy_probability)
+    withheld: Tensor  # bool [M], whether a draw is left out of the loss
     maps: Tensor  # float16 [K, h, w] in [0, 1], on the images' device
 
     @classmethod
     def of(cls, part: Part) -> Pool:
         """The part as it is, without maps."""
         n = len(part)
-        no = torch.zeros(n, dtype=torch.bool)
+        off = torch.zeros(n, dtype=torch.bool)
         maps = torch.zeros(0, 1, 1, dtype=torch.float16, device=part.resident or "cpu")
-        return cls(part=part, origin=torch.arange(n), row=torch.full((n,), -1), proxied=no, withheld=no, maps=maps)
+        return cls(part=part, origin=torch.arange(n), row=torch.full((n,), -1), proxied=off, withheld=off, maps=maps)
 
     def __len__(self) -> int:
         return len(self.origin)
@@ -58,7 +58,7 @@ class Batch:
 
     images: Tensor  # float32 [n, 3, S, S] in [0, 1]
     targets: Tensor  # int64 [n], or float32 [n, classes] with rows that sum to 1 where labels are mixed
-    weights: Tensor | None  # float32 [n] of the loss, or None where all count alike
+    weights: Tensor | None  # float32 [n], of each image in the loss; None: all equal
 
 
 def make(
@@ -71,22 +71,22 @@ def make(
         labels: int64 [n] on the device.
         classes: how many there are.
         index: int64 [n] on the CPU, positions in the pool.
-        draws: generators of this epoch.
+        draws: this epoch's generators, see `augment.generators`.
     """
     e, n, size = experiment, len(images), images.shape[-1]
-    looked_at = e.erase_region != "anywhere" or e.mix_labels == "attention"
+    uses_maps = e.erase_region != "anywhere" or e.mix_labels == "attention"  # besides masking
     masked = pool.proxied[index] & (torch.rand(n, generator=draws["proxy"]) < e.proxy_probability)
-    rows = torch.nonzero((pool.row[index] >= 0) if looked_at else masked).squeeze(1)
+    rows = torch.nonzero((pool.row[index] >= 0) if uses_maps else masked).squeeze(1)  # whose map is needed
     move = Geometry.draw(n, size, kinds=e.augmentations, draws=draws)
     pixels, maps = masking.to_float(move.apply(images)), None
     if len(rows):
-        values, there = move.of(rows).apply(maps_of(pool, index[rows], size, images.device)), send(rows, images.device)
-        if looked_at:
-            maps = values if len(rows) == n else values.new_zeros(n, size, size).index_copy(0, there, values)
-            chosen = send(torch.nonzero(masked[rows]).squeeze(1), images.device)
-            values, there = values[chosen], there[chosen]
-        if len(there):
-            pixels, _ = proxied(pixels, there, values, experiment=e, draws=draws)
+        values, at = move.of(rows).apply(maps_of(pool, index[rows], size, images.device)), send(rows, images.device)
+        if uses_maps:
+            maps = values if len(rows) == n else values.new_zeros(n, size, size).index_copy(0, at, values)
+            chosen = send(torch.nonzero(masked[rows]).squeeze(1), images.device)  # of these rows, the masked ones
+            values, at = values[chosen], at[chosen]
+        if len(at):
+            pixels, _ = proxied(pixels, at, values, experiment=e, draws=draws)
     pixels, targets = augment.change(pixels, labels, maps, classes=classes, experiment=e, draws=draws)
     weights = send((~pool.withheld[index]).float(), images.device) if pool.withheld.any() else None
     return Batch(images=laid_out(pixels), targets=targets, weights=weights)
@@ -115,7 +115,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def maps_of(pool: Pool, index: Tensor, size: int, device: torch.device) -> Tensor:
-    """Upsampled maps float32 [m, S, S] in [0, 1] of positions of a pool that have one, int64 [m]."""
+    """The upsampled maps, float32 [m, S, S] in [0, 1], at positions int64 [m] of a pool that all have one."""
     stored = pool.maps.index_select(0, send(pool.row[index], pool.maps.device))
     return upsampled(send(stored, device), size)
 
@@ -125,7 +125,7 @@ def proxied(
 ) -> tuple[Tensor, Tensor]:
     """A batch in which some images are masked, and the masks bool [m, S, S]: `masking.region`, then `masking.apply`.
 
-    What is random in a fill is drawn anew at each draw; ``patch`` fills with another image of the batch.
+    The random part of a fill is drawn anew each time; ``patch`` fills with another image of the batch.
 
     Args:
         images: float32 [n, 3, S, S] in [0, 1]; rows: int64 [m], those to mask; maps: float32 [m, S, S] in [0, 1].

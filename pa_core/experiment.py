@@ -1,9 +1,10 @@
 """Walk the schedule: ``run(experiment) -> Run``.
 
 >>> from pa_core.experiment import run
+>>> from pa_core.params import Experiment
 >>> run(Experiment(schedule="5,p,5", xai="gradcam")).summary["test_accuracy"]       # doctest: +SKIP
 
-To add an event: a token in `schedule`, a function here and its row in ``EVENTS``.
+To add an event: a letter in `schedule`, a function here and its row in ``EVENTS``.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
     Raises:
         ParameterError: before anything is trained or written.
         NonFiniteLoss: with epoch and step; the run has failed and has no result.
-        RunError: the run's directory holds something that does not belong to it.
+        RunError: the run's files are damaged or cannot be written, or were begun with another split or precision.
     """
     prepared = experiment if isinstance(experiment, Prepared) else prepare(experiment)
     path, e = prepared.path, prepared.experiment
@@ -62,16 +63,16 @@ def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
         raise ParameterError("runs_dir", e.runs_dir, allowed) from error
     waiting = f"another process trains {path.name}; waiting for it"
     with files.lock(path / "lock", waiting, log), torch.random.fork_rng():
-        for leftover in path.glob("*.part"):  # of a process killed while it wrote; who holds the lock writes alone
+        for leftover in path.glob("*.part"):  # of a process killed while it wrote; nobody else writes now
             leftover.unlink()
         if Run(path).finished:
-            runs.remove_checkpoint(path)  # of a process killed between the two
+            runs.remove_checkpoint(path)  # of a process killed right after it had finished the run
             log(f"finished before: {shown(path)}")
             return Run(path)
         with device.numerics(e, threads=Run(path).manifest.get("threads")):
             walk = _begin(prepared, log)
             try:
-                _walk(walk)
+                _run_events(walk)
                 _finish(walk)
             except BaseException as error:
                 _note_failure(path, error)
@@ -85,7 +86,7 @@ def _note_failure(path: Path, error: BaseException) -> None:
     status = runs.INTERRUPTED if isinstance(error, KeyboardInterrupt) else runs.FAILED
     try:
         runs.update_manifest(path, status=status, error=f"{type(error).__name__}: {error}")
-    except RunError as unnoted:  # on a full disk; the first error is the one to show
+    except RunError as unnoted:  # a full disk, say; the first error is the one to raise
         error.add_note(str(unnoted))
 
 
@@ -98,10 +99,10 @@ class Walk:
     batch_size: int
     board: SummaryWriter
     log: Log
-    position: int = 0  # in the list of events, of the next one
-    steps: dict[int, Step] = field(default_factory=dict)  # whose maps are in use, by number
-    records: list[dict[str, Any]] = field(default_factory=list)  # of all proxy steps so far
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
+    position: int = 0  # index of the next event
+    steps: dict[int, Step] = field(default_factory=dict)  # proxy steps whose maps are in use, by number
+    records: list[dict[str, Any]] = field(default_factory=list)  # what proxy_step returned, for all steps so far
+    rows: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
 
     @property
     def experiment(self) -> Experiment:
@@ -123,20 +124,19 @@ class Walk:
         return Step.load(Run(self.path).step(number), self.part.resident or "cpu")
 
 
-KEPT = ("position", "records", "rows")
+IN_CHECKPOINT = ("position", "records", "rows")
 
 
 def _begin(prepared: Prepared, log: Log) -> Walk:
-    """A fresh run, or one that stands where its checkpoint left it."""
+    """A new run, or one restored from its checkpoint."""
     path, e, dataset, where = prepared.path, prepared.experiment, prepared.dataset, prepared.device
     manifest, checkpoint = Run(path).manifest, runs.load_checkpoint(path, log)
-    for name, here in {"split_digest": dataset.split_digest, "precision": prepared.precision}.items():
-        if manifest and manifest[name] != here:  # digest and code version are in the directory's name
-            was = manifest[name]
-            raise RunError(f"{shown(path)} cannot be continued: its {name} is {was}, and would now be {here}")
+    for name, value in {"split_digest": dataset.split_digest, "precision": prepared.precision}.items():
+        if manifest and (was := manifest[name]) != value:  # digest and code version are in the directory's name
+            raise RunError(f"{shown(path)} cannot be continued: its {name} is {was}, and would now be {value}")
     torch.manual_seed(derived_seed(e.seed, "training"))
     batch_size = manifest.get("batch_size") or _batch_size(prepared, log)
-    if data.fits([dataset.train, dataset.val], where):  # the test images, read once, stay in their file
+    if data.fits([dataset.train, dataset.val], where):  # test images are read once: they stay in the cache
         prepared = replace(prepared, dataset=replace(dataset, train=dataset.train.on(where), val=dataset.val.on(where)))
     total = e.length * train.steps_per_epoch(protocol.draws(len(dataset.train), e), batch_size)
     model = copy.deepcopy(prepared.model)
@@ -147,7 +147,7 @@ def _begin(prepared: Prepared, log: Log) -> Walk:
         manifest = _new_manifest(walk)
     else:
         state.load_state_dict(checkpoint["state"])
-        for name in KEPT:
+        for name in IN_CHECKPOINT:
             setattr(walk, name, checkpoint[name])
         walk.steps = {number: walk.load_step(number) for number in checkpoint["steps"]}
         manifest["resumed"] = [*manifest.get("resumed", []), {"epoch": state.epoch, "time": runs.now()}]
@@ -198,14 +198,14 @@ def _new_manifest(walk: Walk) -> dict[str, Any]:
     }
 
 
-def _walk(walk: Walk) -> None:
-    """The events that are left, with a checkpoint after each; the maps in use are named, they are files already."""
+def _run_events(walk: Walk) -> None:
+    """Run the events that are left. The checkpoint after each names the steps in use, whose maps are files already."""
     events = schedule.parse(walk.experiment.schedule, p_trains=walk.experiment.protocol != "clean")
     while walk.position < len(events):
         event = events[walk.position]
         EVENTS[event.kind](walk, event)
         walk.position += 1
-        kept = {name: getattr(walk, name) for name in KEPT}
+        kept = {name: getattr(walk, name) for name in IN_CHECKPOINT}
         runs.save_checkpoint(walk.path, {"state": walk.state.state_dict(), "steps": list(walk.steps), **kept})
 
 
@@ -217,14 +217,14 @@ def epoch(walk: Walk, event: Event) -> None:
     e, dataset, stage = walk.experiment, walk.prepared.dataset, walk.stage(event.stage)
     draws = protocol.draws(len(dataset.train), e)
     trained = train.train_one_epoch(walk.state, stage.training, experiment=e, draws=draws, batch_size=walk.batch_size)
-    checked = _evaluate(walk, Pool.of(dataset.val))
-    if not math.isfinite(checked.loss):  # the last step's update is seen here first
+    validated = _evaluate(walk, Pool.of(dataset.val))
+    if not math.isfinite(validated.loss):  # the epoch's last update shows here first
         raise train.NonFiniteLoss(f"the validation loss is not finite after epoch {walk.state.epoch}; try a lower lr")
     row = {"epoch": walk.state.epoch, "stage": event.stage}
     row |= {name: trained[name] for name in ("train_loss", "train_accuracy")}
-    row |= {"val_loss": checked.loss, "val_accuracy": checked.accuracy}
+    row |= {"val_loss": validated.loss, "val_accuracy": validated.accuracy}
     row |= {name: trained[name] for name in ("lr", "images_per_second", "seconds")}
-    if stage.reported is not None:
+    if stage.reported is not None:  # the predecessor's protocol
         row["reported_accuracy"] = _evaluate(walk, stage.reported, proxies=True).accuracy
     walk.rows.append(row)
     runs.write_metrics(walk.path, walk.rows)
@@ -236,7 +236,7 @@ def epoch(walk: Walk, event: Event) -> None:
 
 
 def _evaluate(walk: Walk, pool: Pool, *, proxies: bool = False) -> train.Evaluation:
-    state, masked = walk.state, walk.experiment if proxies else None
+    state, masked = walk.state, (walk.experiment if proxies else None)
     return train.evaluate(state.model, pool, device=state.device, dtype=state.dtype, experiment=masked)
 
 
@@ -267,11 +267,11 @@ def proxy(walk: Walk, event: Event) -> None:
     walk.records.append(record)
     walk.steps = {**(walk.steps if e.keeps_all_proxies else {}), number: walk.load_step(number)}
     fewer = f" ({record['asked']} asked for, no more qualify)" if record["images"] < record["asked"] else ""
-    how = ", ".join([e.select, *[e.xai] * e.explains, *[f"fill {e.fill}"] * e.masks])
+    how = ", ".join([e.select] + [e.xai] * e.explains + [f"fill {e.fill}"] * e.masks)
     done = f"{record['masked_share']:.1%} masked, {record['unchanged']} unchanged, " if e.masks else ""
-    blank = f"; {record['blank']} maps say nothing (constant)" if record["blank"] else ""
-    log = f"proxy step {number}: {record['images']} of {len(walk.part)} images{fewer} by {how}, {done}"
-    walk.log(f"{log}{record['seconds']:.1f} s{blank}")
+    blank = f"; {record['blank']} maps are constant" if record["blank"] else ""
+    line = f"proxy step {number}: {record['images']} of {len(walk.part)} images{fewer} by {how}, {done}"
+    walk.log(f"{line}{record['seconds']:.1f} s{blank}")
 
 
 def clear(walk: Walk, event: Event) -> None:
@@ -287,7 +287,7 @@ def prune(walk: Walk, event: Event) -> None:
 
 
 def scale_lr(walk: Walk, event: Event) -> None:
-    """Multiply the learning rate from here on: all from which the scheduler computes it."""
+    """Multiply the learning rate from here on, and all values from which the scheduler computes it."""
     for group in walk.state.optimizer.param_groups:
         for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
             group[name] *= event.value
@@ -309,7 +309,7 @@ EVENTS: dict[str, Callable[[Walk, Event], None]] = {
 
 
 def _finish(walk: Walk) -> None:
-    """Read the test images, once, and write the results; the checkpoint shrinks to the weights."""
+    """Read the test images, once, and write the results; the weights replace the checkpoint."""
     path, dataset = walk.path, walk.prepared.dataset
     tested = _evaluate(walk, Pool.of(dataset.test))
     if not math.isfinite(tested.loss):
@@ -332,7 +332,7 @@ def _finish(walk: Walk) -> None:
 
 def _summary(walk: Walk, tested: dict[str, float]) -> dict[str, Any]:
     rows, records, dataset = walk.rows, walk.records, walk.prepared.dataset
-    made = sum(record["images"] for record in records)
+    proxies = sum(record["images"] for record in records)
     total = {name: sum(record[name] for record in records) for name in ("unchanged", "blank", "seconds")}
     named = {"accuracy": "test_accuracy", "loss": "test_loss"}
     reported = {name: value for name, value in rows[-1].items() if name == "reported_accuracy"}
@@ -343,8 +343,8 @@ def _summary(walk: Walk, tested: dict[str, float]) -> dict[str, Any]:
         **{f"n_{name}": len(getattr(dataset, name)) for name in ("train", "val", "test")},
         "epochs": len(rows),
         "sparsity": models.sparsity(walk.state.model.network),
-        "proxy_images": made,
-        "masked_share": sum(r["masked_share"] * r["images"] for r in records) / made if made else 0.0,
+        "proxy_images": proxies,
+        "masked_share": sum(r["masked_share"] * r["images"] for r in records) / proxies if proxies else 0.0,
         "unchanged_proxies": total["unchanged"],
         "blank_maps": total["blank"],
         "proxy_seconds": total["seconds"],

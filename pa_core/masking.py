@@ -19,7 +19,7 @@ BLUR_SHARE = 8
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Filling:
-    """What a fill may look at; see :func:`apply`. ``dim`` [N, 1, H, W] is the map, of the region that is masked."""
+    """What a fill may use; see :func:`apply`. ``dim`` [N, 1, H, W] is the map, or 1 - map to mask the ``rest``."""
 
     images: Tensor
     dim: Tensor
@@ -110,7 +110,7 @@ def _highest(maps: Tensor, count: int) -> Tensor:
         return torch.full_like(maps, count > 0, dtype=torch.bool)
     order = torch.randperm(h * w, generator=torch.Generator().manual_seed(0)).to(maps.device)
     values = maps.flatten(1).index_select(1, order)
-    rank = min(count, h * w - count + 1)  # from the nearer end
+    rank = min(count, h * w - count + 1)  # topk of the highest or of the lowest, whichever are fewer
     limit = values.topk(rank, dim=1, largest=rank == count).values[:, -1:]
     above, ties = values > limit, values == limit
     chosen = above | (ties & (ties.cumsum(1) <= count - above.sum(1, keepdim=True)))

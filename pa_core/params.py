@@ -49,55 +49,55 @@ class Parameters(BaseModel):
 
     # data
     dataset: Text = _p("fashion_mini", "a name from pa_core.data.names(), or folder")
-    data_dir: Text | None = _p(None, "where folder, or a downloaded set, lies")
-    bad_images: Literal["refuse", "skip"] = _p("refuse", "what is done about files that are no images")
+    data_dir: Text | None = _p(None, "the folder of your images, or of a torchvision dataset")
+    bad_images: Literal["refuse", "skip"] = _p("refuse", "what is done about image files that cannot be used")
     image_size: Annotated[int, Ge(16), Le(4096)] | None = _p(None, "pixels per side; none is the dataset's own")
-    train_fraction: Share = _p(1.0, "share of the training images, at least one per class")
-    folds: Annotated[int, Ge(2), Le(1000)] = _p(5, "validation is one of so many stratified folds")
-    fold: Annotated[int, Ge(0)] = _p(0, "which of them, from 0")
+    train_fraction: Share = _p(1.0, "share of the training images that is used, at least one per class")
+    folds: Annotated[int, Ge(2), Le(1000)] = _p(5, "number of stratified folds, of which one is for validation")
+    fold: Annotated[int, Ge(0)] = _p(0, "the fold for validation, counted from 0")
     # model
     model: Text = _p("test_resnet", "any timm name")
     pretrained: Pretrained = _p(False, "true, false, or a weights file (.safetensors, .pth or .pt)")
     # explanation
     xai: Name = _p("gradcam++", "explanation method; docs/methods.md has all")
     xai_target: Literal["predicted", "label"] = _p("predicted", "which class is explained")
-    cam_layer: Text | None = _p(None, "a module's dotted name; none is the model's own")
+    cam_layer: Text | None = _p(None, "a module's dotted name: CAMs use its output; none is the model's own")
     smooth: Literal["none", "gaussian", "eigen", "flip"] = _p("none", "how maps are smoothed")
-    permute_maps: bool = _p(False, "each image gets another one's map: the control for place")
+    permute_maps: bool = _p(False, "each image gets the map of another one: the control for where is masked")
     # schedule and selection
     schedule: Schedule = _p("5,p,5", "epochs; between them p proxy step, c forget maps, x0.3 prune, l0.1 scale lr")
     select: Literal["misclassified", "loss", "margin", "entropy", "random", "easiest", "all"] = _p(
-        "loss", "which training images get a map"
+        "loss", "how the training images that get a map are selected"
     )
-    fraction: Share = _p(0.2, "share of the training images that get one")
-    keep_proxies: Literal["last", "all"] = _p("last", "of which proxy steps maps are kept")
+    fraction: Share = _p(0.2, "share of the training images that is selected")
+    keep_proxies: Literal["last", "all"] = _p("last", "the proxy steps whose maps are used")
     # masks
     mask_region: Literal["salient", "rest"] = _p("salient", "which pixels are masked")
     threshold_mode: Literal["absolute", "quantile", "deviations"] = _p(
-        "quantile", "threshold of the map, of its quantiles, or in standard deviations above its mean"
+        "quantile", "what threshold is: a map value, a quantile, or standard deviations above the mean"
     )
     threshold: Annotated[float, Ge(0), Le(10)] = _p(0.75, "quantile 0.75 masks exactly a quarter of each image")
-    max_share: Share = _p(1.0, "most of an image that is masked, the highest values first")
+    max_share: Share = _p(1.0, "at most this share of an image is masked, the highest values first")
     fill: Literal["zero", "one", "mean", "max", "min", "half_max", "noise", "blur", "patch", "blend", "none"] = _p(
         "mean", "what masked pixels become; pa_core.masking.apply explains each"
     )
-    weight: Probability = _p(1.0, "of the fill; 0 changes nothing")
+    weight: Probability = _p(1.0, "weight of the fill; 0 changes nothing")
     feather: Annotated[int, Ge(0), Le(4096)] = _p(0, "pixels over which the fill fades in from the mask's edge")
     overlay: Literal["replace", "append", "withhold"] = _p(
-        "replace", "proxies instead of originals, or beside them; or originals without a part in the loss"
+        "replace", "proxies replace their originals or are appended, or the originals are left out of the loss"
     )
-    copies: Annotated[int, Ge(1)] = _p(1, "how often an appended proxy stands beside its original")
-    proxy_probability: Probability = _p(1.0, "probability that a proxy is masked when it is drawn")
+    copies: Annotated[int, Ge(1)] = _p(1, "how many times each proxy is appended")
+    proxy_probability: Probability = _p(1.0, "probability that a proxy is masked when a batch draws it")
     # training
     protocol: Literal["clean", "thesis", "thesis_text"] = _p("clean", "thesis and thesis_text replay the predecessor")
     augment: Augment = _p("flip,crop", "none, or any of flip, rotate, crop, erase, cutmix, mixup")
     erase_region: Literal["anywhere", "attended", "spared"] = _p(
-        "anywhere", "where erase takes pixels: high or low maps"
+        "anywhere", "where erase places its rectangle: anywhere, where the map is high, or where it is low"
     )
     erase_probability: Probability = _p(0.5, "probability that erase changes an image")
-    mix_labels: Literal["area", "attention"] = _p("area", "what the labels' shares of a cutmix image follow")
+    mix_labels: Literal["area", "attention"] = _p("area", "what sets the two labels' shares in a cutmix image")
     mix_probability: Probability = _p(0.5, "probability that cutmix or mixup changes an image")
-    cutmix_alpha: Annotated[float, Gt(0), Le(1000)] = _p(1.0, "shares of cutmix are drawn from Beta(alpha, alpha)")
+    cutmix_alpha: Annotated[float, Gt(0), Le(1000)] = _p(1.0, "cutmix draws its share from Beta(alpha, alpha)")
     optimizer: Literal["adamw", "sgd"] = _p("adamw", "sgd has Nesterov momentum 0.9")
     lr: Annotated[float, Gt(0)] = _p(1e-3, "highest learning rate")
     weight_decay: Annotated[float, Ge(0)] = _p(1e-2, "decoupled with adamw")
@@ -110,7 +110,7 @@ class Parameters(BaseModel):
     deterministic: bool = _p(False, "only deterministic operations: the same result again on CUDA")
     device: Device = _p("auto", "auto, cpu, cuda, cuda:N or mps")
     compile: bool = _p(False, "torch.compile the training step")
-    seed: Annotated[int, Ge(0), Lt(2**63)] = _p(0, "drives split, initialisation, order, augmentation and masks")
+    seed: Annotated[int, Ge(0), Lt(2**63)] = _p(0, "seeds split, initialisation, order, augmentation and masks")
     runs_dir: Text = _p("runs", "where runs are kept; runs is the repository's folder, or $PA_RUNS")
 
     @field_validator("*", mode="before")
@@ -182,7 +182,7 @@ class Experiment(Parameters):
 
     @property
     def keeps_all_proxies(self) -> bool:
-        """Whether the maps of every step stay; the predecessor's proxies do."""
+        """Whether the maps of every proxy step are used, not only the last one's; the predecessor keeps all."""
         return self.keep_proxies == "all" or self.protocol != "clean"
 
     @property
@@ -191,18 +191,18 @@ class Experiment(Parameters):
 
     @property
     def explains(self) -> bool:
-        """Whether a proxy step makes maps, and not a selection alone."""
-        looked_at = self.masks or self.erase_region != "anywhere" or self.mix_labels == "attention"
-        return looked_at and steps(self.schedule) > 0
+        """Whether proxy steps make maps; if not, they only select images."""
+        uses_maps = self.masks or self.erase_region != "anywhere" or self.mix_labels == "attention"
+        return uses_maps and steps(self.schedule) > 0
 
     @property
     def masks(self) -> bool:
-        """Whether proxies are masked images, and not their originals."""
+        """Whether proxies are masked; with ``fill none`` or ``overlay withhold`` they equal their originals."""
         return self.fill != "none" and (self.overlay != "withhold" or self.protocol != "clean")
 
     @property
     def explained(self) -> str:
-        """``label`` or ``predicted``; mixing by attention needs maps of the label."""
+        """The class that is explained: ``label`` (which mixing by attention needs) or ``predicted``."""
         return "label" if self.mix_labels == "attention" else self.xai_target
 
     def changed(self) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class Experiment(Parameters):
         return {k: v for k, v in self.to_dict().items() if v != Parameters.model_fields[k].default}
 
     def effective(self) -> dict[str, Any]:
-        """Those of them that have an effect."""
+        """The parameters that differ from their defaults and have an effect on the result."""
         unused = _without_effect(self)
         return {name: value for name, value in self.changed().items() if name not in unused}
 
@@ -240,10 +240,10 @@ PROXY_PARAMETERS = frozenset(
     "xai xai_target cam_layer smooth permute_maps select fraction keep_proxies mask_region threshold_mode threshold "
     "max_share fill weight feather overlay copies proxy_probability".split()
 )
-"""Those that shape maps and proxies: without a proxy step they have no effect."""
+"""Parameters of maps and proxies: without a proxy step they have no effect."""
 _MASK = frozenset("weight feather threshold threshold_mode max_share mask_region proxy_probability".split())
 _EXPLANATION = frozenset("xai xai_target cam_layer smooth permute_maps".split())
-# Neither places nor what the data digest and the resolved image size, which enter the identity, say already
+# Places, and what the identity holds already as the data digest and the resolved image size
 _ELSEWHERE = frozenset("data_dir device runs_dir bad_images image_size".split())
 
 
@@ -254,7 +254,7 @@ def _without_effect(e: Experiment) -> set[str]:
     rules: list[tuple[bool, Iterable[str]]] = [
         (not count, PROXY_PARAMETERS),
         (count == 1, {"keep_proxies"}),
-        (e.protocol != "clean", {"select", "overlay", "copies", "keep_proxies"}),  # the protocol says what is done
+        (e.protocol != "clean", {"select", "overlay", "copies", "keep_proxies"}),  # the protocol sets them
         (e.protocol == "clean" and e.select == "all", {"fraction"}),
         (e.protocol == "clean" and e.overlay != "append", {"copies"}),
         (not e.masks, _MASK),

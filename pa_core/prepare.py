@@ -1,4 +1,4 @@
-"""Before training: everything that can be checked is, the cheap things first, and data and model are loaded once."""
+"""Before training: check all that can be checked, the cheap things first, and load data and model, once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pa_core.runs import Run
 class Prepared:
     """Everything that is checked and loaded before training starts."""
 
-    experiment: Experiment  # with the method's own name and an absolute data_dir
+    experiment: Experiment  # xai without its aliases, data_dir absolute
     dataset: data.Dataset
     model: models.Classifier  # freshly initialised or with the given weights, on the CPU; a run trains a copy
     device: torch.device
@@ -41,7 +41,7 @@ def load_data(experiment: Experiment) -> data.Dataset:
         data_dir=e.data_dir,
         bad_images=e.bad_images,
         image_size=e.image_size,
-        train_fraction=e.train_fraction if e.protocol == "clean" else 1.0,  # else it is what each stage draws anew
+        train_fraction=e.train_fraction if e.protocol == "clean" else 1.0,  # else the share that each stage draws
         folds=e.folds,
         fold=e.fold,
         seed=e.seed,
@@ -79,13 +79,13 @@ def prepare(experiment: Experiment) -> Prepared:
 
 
 def _resolved(experiment: Experiment) -> Experiment:
-    """With the one name of an alias, which is the same run, and a data_dir that can be opened from anywhere."""
+    """The experiment with an alias of ``xai`` resolved (it is the same run) and an absolute ``data_dir``."""
     data_dir = experiment.data_dir and str(Path(experiment.data_dir).expanduser().absolute())
     return experiment.replace(xai=attribution.resolve(experiment.xai), data_dir=data_dir)
 
 
 def _check_steps(e: Experiment, n: int) -> None:
-    """What can be known of proxy steps before training."""
+    """Refuse proxy steps that cannot work, as far as that is known before training."""
     if not schedule.steps(e.schedule):
         return
     chosen = n if e.select == "all" else selection.count(n, e.fraction)
@@ -114,10 +114,10 @@ def locate(experiment: Experiment, *, identity: tuple[str, int] | None = None) -
         identity: the dataset's digest and image size, where they are known already.
     """
     e = _resolved(experiment)
-    digest, size = identity or data.identify(
+    data_digest, size = identity or data.identify(
         dataset=e.dataset, data_dir=e.data_dir, bad_images=e.bad_images, image_size=e.image_size
     )
-    digest = e.digest(data=digest, image_size=size, weights=file_digest(e.pretrained))
+    digest = e.digest(data=data_digest, image_size=size, weights=file_digest(e.pretrained))
     return runs.directory(runs_home(e.runs_dir), e, digest)
 
 

@@ -1,6 +1,6 @@
 """What each stage of a schedule trains on, and from which images its proxy step may choose.
 
-``clean``: the training part under its proxies, the same in every stage.
+``clean`` (the default): all training images, some as proxies, the same in every stage.
 
 ``thesis``: what the predecessor's published code does, to see what its numbers are made of. Every stage, ``p``
 included, draws a share (``train_fraction``) of the images and halves them, stratified, while the weights carry over:
@@ -11,14 +11,14 @@ beside their originals from then on, but only a ``p`` stage reads them, so that 
 of their originals; the half that is reported on has originals.
 
 Here the draws are seeded, and only the training part is drawn from: test images and this package's own validation
-images are never trained on. The protocol says nothing of the learning rate, which stays at 8e-5 there: `lr` and
-`scheduler` do. What is not replayed:
+images are never trained on. The learning rate is not part of the protocol: the predecessor's stays at 8e-5, here `lr`
+and `scheduler` set it. What is not replayed:
 
 - the predecessor's wrong images are those of the forward passes during the epoch, here of one pass after it; its
   proxies are made of their random crops, and a proxy that is wrong again is masked again, here only originals are;
 - its p stages grow with the proxies where the subset has room for them, and its numbered stages shrink by those that
   were drawn and dropped; here every stage has as many images;
-- it crops and resizes at random, with a weight decay of 1e-5; here `augment` and `weight_decay` say.
+- it crops and resizes at random, with a weight decay of 1e-5; here `augment` and `weight_decay` set this.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class Stage:
 
 
 def stage(part: Part, experiment: Experiment, *, number: int, steps: Sequence[Step]) -> Stage:
-    """What a stage, numbered as `schedule.parse` does, trains on, with the maps of some steps, the earliest first.
+    """What stage ``number`` (`schedule.Event.stage`) trains on, with the maps of some proxy steps, the earliest first.
 
-    It follows from seed, number and maps alone, so that a resumed run finds it again.
+    Seed, number and maps alone decide it, so that a resumed run gets the same.
     """
     e = experiment
     if e.protocol == "clean":
         return Stage(training=proxy.pool(part, e, steps))
     if e.protocol == "thesis":
         events = schedule.parse(e.schedule, p_trains=True)
-        reads = any(event.kind == schedule.PROXY and event.stage == number for event in events)
-        pool = reported_from = proxy.pool(part, e, steps if reads else [])
+        reads_proxies = any(event.kind == schedule.PROXY and event.stage == number for event in events)
+        pool = reported_from = proxy.pool(part, e, steps if reads_proxies else [])
     else:
         pool, reported_from = proxy.pool(part, e, steps), Pool.of(part)
     seed = derived_seed(e.seed, "halves", number)

@@ -1,4 +1,4 @@
-"""The proxy step: score -> select -> explain -> maps; and the pool that the next epochs draw from.
+"""The proxy step: score -> select -> explain -> store maps; and the pool that the next epochs draw from.
 
 Maps lie in the run directory and are keyed by position in the training part, whose images are only ever read.
 """
@@ -37,8 +37,8 @@ CHUNK = 64
 """Images explained at once, so that memory does not grow with the number of proxies."""
 
 MOST_BYTES_OF_MAPS = 2**28
-"""Maps of all training images are kept during the scoring pass as long as they are no more than this (an early CAM
-layer's grid is fine); beyond it, the selected images are explained by a pass of their own."""
+"""The scoring pass makes the maps of all training images if they take no more memory than this (an early CAM layer has
+a large grid); otherwise the selected images are explained in a pass of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +58,7 @@ def pool(part: Part, experiment: Experiment, steps: Sequence[Step]) -> Pool:
     """What an epoch draws from, by the maps of some proxy steps, the earliest first.
 
     ``replace``: an image with a map is masked when it is drawn; where two steps have one, the later counts. ``append``:
-    the proxies follow as entries N, N + 1, ..., each `copies` times. ``withhold``: selected images have no part in the
+    the proxies follow as entries N, N + 1, ..., each `copies` times. ``withhold``: selected images are left out of the
     loss.
     """
     plain, e = Pool.of(part), experiment
@@ -67,17 +67,17 @@ def pool(part: Part, experiment: Experiment, steps: Sequence[Step]) -> Pool:
     overlays = {"clean": (e.overlay, e.copies), "thesis": ("append", 1), "thesis_text": ("replace", 1)}
     overlay, copies = overlays[e.protocol]
     positions, maps = torch.cat([step.positions for step in steps]), torch.cat([step.maps for step in steps])
-    rows, row, no = torch.arange(len(positions)), plain.row.clone(), plain.proxied
-    for step, some in zip(steps, rows.split([len(step.positions) for step in steps]), strict=True):
-        row[step.positions] = some  # one step after the other: the later map wins
+    rows, row, off = torch.arange(len(positions)), plain.row.clone(), plain.proxied
+    for step, its_rows in zip(steps, rows.split([len(step.positions) for step in steps]), strict=True):
+        row[step.positions] = its_rows  # one step after the other: the later map wins
     selected = row >= 0
-    beside = rows.repeat(copies) if overlay == "append" else rows[:0]
+    added = rows.repeat(copies) if overlay == "append" else rows[:0]
     return Pool(
         part=part,
-        origin=torch.cat([plain.origin, positions[beside]]),
-        row=torch.cat([row, beside]),
-        proxied=torch.cat([selected if overlay == "replace" and e.masks else no, torch.full(beside.shape, e.masks)]),
-        withheld=torch.cat([selected if overlay == "withhold" else no, torch.full(beside.shape, False)]),
+        origin=torch.cat([plain.origin, positions[added]]),
+        row=torch.cat([row, added]),
+        proxied=torch.cat([selected if overlay == "replace" and e.masks else off, torch.full(added.shape, e.masks)]),
+        withheld=torch.cat([selected if overlay == "withhold" else off, torch.full(added.shape, False)]),
         maps=maps,
     )
 
@@ -91,10 +91,10 @@ class Choice:
 
     positions: Tensor  # int64 [K] in the training part, the first choice first
     targets: Tensor  # int64 [K], the classes to explain
-    maps: Tensor | None  # float32 [K, h, w], raw, from the scoring pass; None where that makes none
+    maps: Tensor | None  # float32 [K, h, w], raw, of the scoring pass; None: explain() makes them
     scores: selection.Scores  # of all training images
-    seed: int  # of what is random in this step; another one for each step
-    explained: tuple[str, ...] = ()  # xai, smooth and class by which the maps are made
+    seed: int  # of all random draws in this step
+    explained: tuple[str, ...] = ()  # (xai, smooth, label or predicted) that the maps belong to
 
 
 def choose(
@@ -109,10 +109,10 @@ def choose(
 ) -> Choice:
     """Score all training images and select some.
 
-    With a class activation map, the pass that scores the images makes the maps, too.
+    With a class activation map (CAM), the pass that scores the images makes the maps, too.
 
     Args:
-        candidates: int64, under the predecessor's protocol the positions that may be selected.
+        candidates: int64, the positions that may be selected under the predecessor's protocol; None for all.
     """
     e, seed = experiment, derived_seed(experiment.seed, "proxy step", step)
     logits, maps = _scored(model, part, e, device=device, dtype=dtype)
@@ -122,19 +122,19 @@ def choose(
     else:
         positions = selection.some_wrong(scores, among=candidates, fraction=e.fraction, seed=seed)
     if e.explains and e.permute_maps and len(positions) == 1:
-        positions = positions[:0]  # there is no other image whose map it could get; the log says that none was selected
+        positions = positions[:0]  # no other image's map to take; the log says that none was selected
     targets = (scores.predicted if e.explained == "predicted" else scores.labels)[positions]
-    chosen, how = None if maps is None else maps[positions.to(maps.device)], (e.xai, e.smooth, e.explained)
+    chosen, how = (None if maps is None else maps[positions.to(maps.device)]), (e.xai, e.smooth, e.explained)
     return Choice(positions=positions, targets=targets, maps=chosen, explained=how, scores=scores, seed=seed)
 
 
 def _scored(
     model: Classifier, part: Part, e: Experiment, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits [N, C] of all training images, on the CPU; where one pass gives both, their raw maps [N, h, w]."""
-    few = 4 * len(part) * model.cam.grid[0] * model.cam.grid[1] <= MOST_BYTES_OF_MAPS
-    # a Gaussian blur is of the image's size, so that such maps have another grid
-    if not (few and e.explains and attribution.fused(e.xai, e.smooth) and e.smooth != "gaussian"):
+    """Logits [N, C] of all training images, on the CPU; and their raw maps [N, h, w] if the same pass makes them."""
+    fits = 4 * len(part) * model.cam.grid[0] * model.cam.grid[1] <= MOST_BYTES_OF_MAPS
+    # gaussian smoothing is done at the image's size, so those maps are not on the CAM layer's grid
+    if not (fits and e.explains and attribution.fused(e.xai, e.smooth) and e.smooth != "gaussian"):
         return evaluate(model, Pool.of(part), device=device, dtype=dtype).logits, None
     logits, maps = [], []
     with attribution.as_found(model):
@@ -159,7 +159,7 @@ def explain(
 ) -> Tensor:
     """The maps of the chosen images as they are stored: float16 [K, h, w] in [0, 1], on the device.
 
-    With ``permute_maps`` each of them gets the map of another one. A choice made for another method is refused.
+    With ``permute_maps`` each image gets the map of another one. A choice made for another method is refused.
     """
     e, ids = experiment, [part.ids[i] for i in choice.positions.tolist()]
     if choice.explained not in ((), (e.xai, e.smooth, e.explained)):
@@ -195,7 +195,7 @@ class Proxies:
         return len(self.images)
 
     def picture(self) -> Tensor:
-        """Original, map, mask and proxy side by side, an image a row: uint8 [3, H, W]."""
+        """Original, map, mask and proxy side by side, one image per row: uint8 [3, H, W]."""
         grey = [(self.maps * 255).to(torch.uint8), self.mask.to(torch.uint8) * 255]
         columns = [self.originals, *(g[:, None].expand_as(self.originals) for g in grey), self.images]
         return make_grid(torch.stack(columns, 1).flatten(0, 1).cpu(), nrow=len(columns), padding=1)
@@ -240,8 +240,8 @@ def proxy_step(
 
     Returns:
         asked: images that ``fraction`` asked for; images: those that qualified; masked_share: mean share of masked
-        pixels before geometry, [0, 1]; unchanged: proxies equal to their original; blank: maps that are constant, so
-        that a quantile masks places at random; seconds; scoring_seconds: of them the scoring pass.
+        pixels without augmentation, [0, 1]; unchanged: proxies equal to their original; blank: constant maps, of which
+        a quantile masks random places; seconds: of the whole step; scoring_seconds: of the scoring pass.
     """
     started, e = time.perf_counter(), experiment
     building = directory.with_name(directory.name + ".part")
@@ -264,7 +264,7 @@ def proxy_step(
     building.rename(directory)
     asked = len(part) if e.select == "all" else selection.count(len(part), e.fraction)
     return {
-        "asked": asked if candidates is None else len(table),  # there it is a fraction of the wrong ones, however many
+        "asked": asked if candidates is None else len(table),  # of the wrong images, whose number is not known before
         "images": len(table),
         "masked_share": float(table["masked_share"].mean()) if len(table) else 0.0,
         "unchanged": int(table["unchanged"].sum()),
@@ -278,10 +278,10 @@ def _table(part: Part, e: Experiment, choice: Choice, maps: Tensor) -> tuple[pd.
     """proxies.csv, a row per chosen image, the first choice first; and how many maps are constant."""
     shares, unchanged, blank, positions = [], [], 0, choice.positions
     for at in _chunks(len(positions)):
-        some = made(part, positions[at], maps[at.to(maps.device)], e, seed=choice.seed)
-        shares += some.mask.flatten(1).float().mean(1).tolist()
-        unchanged += (some.images == some.originals).flatten(1).all(1).tolist()
-        flat = some.maps.flatten(1)
+        proxies = made(part, positions[at], maps[at.to(maps.device)], e, seed=choice.seed)
+        shares += proxies.mask.flatten(1).float().mean(1).tolist()
+        unchanged += (proxies.images == proxies.originals).flatten(1).all(1).tolist()
+        flat = proxies.maps.flatten(1)
         blank += int((flat.amax(1) == flat.amin(1)).sum()) if e.explains else 0
     columns = {
         "id": [part.ids[i] for i in positions.tolist()],
@@ -296,5 +296,5 @@ def _table(part: Part, e: Experiment, choice: Choice, maps: Tensor) -> tuple[pd.
 
 
 def _chunks(n: int) -> tuple[Tensor, ...]:
-    """Equal chunks of at most CHUNK rows: none is left with one image, whose ``patch`` would have no donor."""
+    """Equal chunks of at most CHUNK rows; a last one of a single image would have no donor for ``patch``."""
     return torch.arange(n).tensor_split(-(-n // CHUNK)) if n else ()

@@ -6,7 +6,7 @@
     classes.csv          per class on the test images: precision, recall, F1, support
     predictions.csv      per test image: id, label, predicted, confidence
     checkpoint.pt        while it trains; weights.safetensors once it is done
-    proxies/step_1/      of the proxy step: maps.npy, positions.npy, proxies.csv, and the first proxies as proxies.png
+    proxies/step_1/      of a proxy step: maps.npy, positions.npy, proxies.csv, and the first proxies as proxies.png
     tensorboard/
 
 Every file is replaced as a whole, so that a reader or a killed process finds the old or the new one. The directory's

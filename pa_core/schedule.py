@@ -16,7 +16,7 @@ EPOCH, PROXY, CLEAR, PRUNE, LR = "epoch", "proxy", "clear", "prune", "lr"
 LETTERS = {"p": PROXY, "c": CLEAR, "x": PRUNE, "l": LR}
 """What a token other than a number begins with. To add an event: a letter here, a function in `experiment`."""
 BELOW = {PRUNE: 1.0, LR: 1e6}
-"""Events with a number: it is above 0 and below this."""
+"""Events that take a number, which must be above 0 and below this."""
 TOKENS = "numbers of epochs (1 to 99999), p, c, x0.3 and l0.1 with commas between them, such as 5,p,5"
 
 
@@ -31,7 +31,7 @@ class Event:
     Attributes:
         kind: epoch, proxy, clear, prune or lr.
         value: the share of ``prune``, the factor of ``lr``; else 0.
-        stage: how many stages of training were begun before; an epoch's own is counted from 0.
+        stage: index of the stage (the epochs of one number, counted from 0) that the event is in, or comes after.
     """
 
     kind: str
@@ -57,7 +57,7 @@ def parse(text: str, *, p_trains: bool = False) -> tuple[Event, ...]:
 
 
 def normal(text: str) -> str:
-    """A schedule in its one form: ``" 5,P, x0.50"`` -> ``"5,p,x0.5"``. Raises as :func:`parse`."""
+    """A schedule in its canonical form: ``" 5,P, x0.50"`` -> ``"5,p,x0.5"``. Raises as :func:`parse`."""
     letters = {kind: letter for letter, kind in LETTERS.items()}
     numbers = [(kind, str(value).removesuffix(".0") if value else "") for kind, value in _tokens(text)]
     return ",".join(f"{letters.get(kind, '')}{number}" for kind, number in numbers)

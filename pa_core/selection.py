@@ -1,4 +1,4 @@
-"""Scores -> which training images become proxies."""
+"""Scores -> the training images that a proxy step selects."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor
 
 
 def some_wrong(scores: Scores, *, among: Tensor, fraction: float, seed: int) -> Tensor:
-    """The predecessor's: of the misclassified among some positions, int64 [n], a fraction, rounded up, at random."""
+    """The predecessor's rule: a random ``fraction``, rounded up, of the misclassified images at positions int64 [n]."""
     wrong = among[scores.predicted[among] != scores.labels[among]]
     order = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(derived_seed(seed, "select")))
     return wrong[order[: math.ceil(fraction * len(wrong))]]

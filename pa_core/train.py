@@ -1,8 +1,8 @@
-"""One epoch of training, and evaluation. Nothing here knows of proxy steps or runs.
+"""One epoch of training, and evaluation; proxy steps and runs are not known here.
 
 Within an epoch the host never waits for the device: order, labels and the few numbers of an augmentation are sent
-ahead, losses stay there until the epoch ends. With fp16 that holds because the fused optimizers skip a step with
-infinite gradients on the device themselves.
+ahead, and losses stay on the device until the epoch ends. With fp16 that holds because the fused optimizers skip a step
+with infinite gradients on the device themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class NonFiniteLoss(RuntimeError):
     """The loss became infinite or NaN; the message says in which epoch and step."""
 
 
-PARTS = ("model", "optimizer", "scheduler", "scaler")
+STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 
 
 @dataclass(kw_only=True)
@@ -46,19 +46,19 @@ class State:
     scaler: torch.amp.GradScaler
     device: torch.device
     dtype: torch.dtype
-    epoch: int = 0  # finished ones
+    epoch: int = 0  # how many are finished
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {name: getattr(self, name).state_dict() for name in PARTS}
+        state = {name: getattr(self, name).state_dict() for name in STATEFUL}
         cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         return state | {"rng": [torch.get_rng_state(), *cuda], "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         models.restore_pruning(self.model, state["model"])
-        for name in PARTS:
+        for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         cpu, *cuda = state["rng"]
         torch.set_rng_state(cpu)
@@ -80,15 +80,15 @@ class Evaluation:
 def train_one_epoch(
     state: State, pool: Pool, *, experiment: Experiment, draws: int, batch_size: int
 ) -> dict[str, float]:
-    """Train on ``draws`` entries of the pool, drawn without replacement.
+    """Train on ``draws`` (a number) entries of the pool, drawn without replacement.
 
     Order and augmentation depend on seed and epoch alone, so that arms with and without proxies, and a resumed run, see
     the same.
 
     Returns:
-        train_loss (nats, mean per image that has a part in it), train_accuracy, lr (of the last step),
-        images_per_second, seconds. Where labels are mixed, the loss is that against soft labels, and a prediction is
-        right when it is the class with the largest share.
+        train_loss (nats, the batches' losses averaged by size), train_accuracy (of all images drawn, as the network saw
+        them), lr (of the last step), images_per_second, seconds. Where labels are mixed, the loss is that against soft
+        labels, and a prediction is right when it is the class with the largest share.
 
     Raises:
         NonFiniteLoss: with the epoch and the first bad step.
@@ -133,7 +133,7 @@ def train_one_epoch(
 
 
 def weighted_loss(logits: Tensor, made: batch.Batch, *, label_smoothing: float) -> Tensor:
-    """Cross-entropy (nats), the mean over the images that have a weight."""
+    """Cross-entropy (nats), the weighted mean over a batch."""
     if made.weights is None:
         return F.cross_entropy(logits, made.targets, label_smoothing=label_smoothing)
     each = F.cross_entropy(logits, made.targets, label_smoothing=label_smoothing, reduction="none")
@@ -141,9 +141,9 @@ def weighted_loss(logits: Tensor, made: batch.Batch, *, label_smoothing: float) 
 
 
 def batches(n: int, *, draws: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """``draws`` of ``n`` positions in random order, in equal batches of at most ``batch_size``.
+    """``draws`` of ``n`` positions in random order, in batches of at most ``batch_size``, equal but for one image.
 
-    Equal, because a last batch of one image would stop batch normalisation.
+    Otherwise the last batch could hold one image, with which batch normalisation fails.
     """
     generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
     order = torch.randperm(n, generator=generator)[:draws]
@@ -195,7 +195,7 @@ def evaluate(
     """Loss and accuracy on all images, in eval mode without augmentation; the model's mode is left as found.
 
     Args:
-        experiment: with it the pool's proxies are masked as it says, as the predecessor evaluates them; else never.
+        experiment: if given, the pool's proxies are masked as it says, as in the predecessor's evaluation; else none.
     """
     started, training = time.perf_counter(), model.training
     model.eval()

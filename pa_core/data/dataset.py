@@ -29,7 +29,7 @@ class Part:
     store: np.ndarray  # uint8 [M, 3, S, S], read-only, of the whole dataset; use read()
     rows: np.ndarray  # int64 [N], where this part's images are in the store
     images: Tensor | None = None  # uint8 [N, 3, S, S] on a device, see on()
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)  # see reads
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -43,7 +43,7 @@ class Part:
 
     @property
     def reads(self) -> int:
-        """How many images were read so far: those that were copied to a device, and those read from there, too."""
+        """How many images were read so far, from the store (copies by on() included) or from the device."""
         return self.counts["reads"]
 
     def __len__(self) -> int:

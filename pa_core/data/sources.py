@@ -27,7 +27,7 @@ DATASETS: dict[str, Any] = {"fashion_mini": None, **TORCHVISION, "folder": None}
 """Every dataset by name; torchvision's with what ``torchvision.yaml`` says of them."""
 
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # subfolders, not classes
-# What an image file's name ends in, in any case; other files are left out.
+# Extensions of image files, in upper or lower case; other files are left out without a word.
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".jp2", ".avif", ".tga", ".pbm", ".pnm", ".dib", ".apng")
 
 

@@ -22,7 +22,7 @@ def split(
     The validation part is the official one; else fold ``fold`` of ``folds``, stratified and shuffled by ``seed``.
     Copies (same digest) follow the first of them. Training copies of a test or official validation image, and official
     validation copies of a test image, are left out. Of each class's training images ``train_fraction`` stays; smaller
-    shares are part of larger ones. Images with a reason against them are in no part. ParameterError where an official
+    shares are part of larger ones. Images that cannot be used are in no part. ParameterError where an official
     part is empty, a class is too small, or folds are asked for though the validation images are given.
     """
     labels, parts, classes = np.array(images.labels), np.array(images.parts), range(len(images.classes))
@@ -43,7 +43,7 @@ def split(
     firsts = train[np.sort(np.unique(content[train], return_index=True)[1])]  # the first of each content
     _check_counts(labels[firsts], images.classes, origin, given, folds)
     if "test" not in given:
-        # The same for every seed, or another run would train on test images; and whatever other classes hold.
+        # The same for every seed, or another run would train on test images; each class by itself.
         members = [firsts[labels[firsts] == label] for label in classes]
         chosen = np.concatenate([train_test_split(m, test_size=fifth(len(m)), random_state=0)[1] for m in members])
         test = train[np.isin(content[train], content[chosen])]

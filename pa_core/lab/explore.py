@@ -48,14 +48,14 @@ class Reopened:
         return selection.score(logits, self.dataset.train.labels)
 
     def worst(self, count: int = 16) -> tuple[Tensor, selection.Scores]:
-        """Positions of the first training images that a proxy step would choose now, int64 [count], and all scores."""
+        """The training images that a proxy step would select first now: positions int64 [count], and all scores."""
         e, seed = self.experiment, derived_seed(self.experiment.seed, "proxy step", 1)
         return selection.select(self.scores, by=e.select, fraction=e.fraction, seed=seed)[:count], self.scores
 
     def proxies(self, count: int = SHOWN) -> Proxies:
-        """What the trained network would make of the first choices of the run's last proxy step, on the CPU.
+        """Proxies by the trained network of the images that the run's last proxy step selected first, on the CPU.
 
-        Only these images are explained and masked. A run without proxy steps shows :meth:`worst`.
+        Only these images are explained and masked. A run without proxy steps has those of :meth:`worst`.
         """
         e, part, steps = self.experiment, self.dataset.train, schedule.steps(self.run.experiment.schedule)
         e = e if schedule.steps(e.schedule) else e.replace(schedule="1,p,1")  # or nothing would be explained
@@ -91,9 +91,9 @@ def reopen(run: Run, experiment: Experiment | Prepared | None = None, *, device:
 def stored_proxies(
     run: Run, dataset: data.Dataset, *, step: int = 1, count: int = SHOWN
 ) -> tuple[Proxies | None, list[str]]:
-    """The first proxies of a step from the maps that the run stored, before geometry, and a title for each.
+    """The first proxies of a step from the maps that the run stored, without augmentation, and a title for each.
 
-    What a fill draws at random is drawn anew in each batch, and here. None where there was no such step.
+    The random part of a fill is drawn anew, as in every batch. None where there was no such step.
     """
     if not run.step(step).is_dir():
         return None, []
