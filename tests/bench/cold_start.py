@@ -34,9 +34,9 @@ def run(device: torch.device, rounds: int) -> list[harness.Row]:
             seconds.append(importing(name))
     alone = {f"import {name}": statistics.median(seconds) for name, seconds in imports.items()}
     middle = sorted(starts, key=lambda part: part[TOTAL])[len(starts) // 2]
-    floor = f"{KERNEL}, and import {FLOOR}"
+    floor = "kernel start and these imports"
     least = {floor: middle[KERNEL] + alone[f"import {FLOOR}"]}
-    above = {"above these": middle[TOTAL] - least[floor]}
+    above = {"above that": middle[TOTAL] - least[floor]}
     table = harness.rows(NOTEBOOK, least | above | middle, reference=floor, unit="s", device=device)
     return table + harness.rows("imports", alone, reference=f"import {FLOOR}", unit="s", device=device)
 

@@ -2,8 +2,7 @@
 
 That is the reference, and how the predecessor trains, in fp32: files are decoded and resized in every epoch, the
 network and the optimizer are as PyTorch gives them, and the loss is read in every step. ``pa_core`` trains the same
-network on the same JPEG files, decoded once before; what that took is not part of its rate and stands in a row of its
-own.
+network on the same JPEG files, decoded once before; what that took is not part of its rate and stands in its own row.
 """
 
 from __future__ import annotations
