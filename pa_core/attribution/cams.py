@@ -25,12 +25,12 @@ def gradcam(A: Tensor, g: Tensor) -> Tensor:
 def gradcam_plus_plus(A: Tensor, g: Tensor) -> Tensor:
     """w_k A_k, with w_k = sum of alpha * relu(g) over the places (Chattopadhay et al. 2018, eq. 5 and 19).
 
-    alpha = g^2 / (2 g^2 + sum(A) g^3), the sum over the places. The paper explains exp(logit): that multiplies all
-    of an image's weights by one positive number, which the scaling to [0, 1] removes. Where g is 0, alpha is 0.
+    alpha = g^2 / (2 g^2 + sum(A) g^3), the sum over the places; with g^2 cancelled, 1 / (2 + sum(A) g). The paper
+    explains exp(logit): that multiplies all of an image's weights by one positive number, which the scaling to [0, 1]
+    removes. Where the denominator is 0, alpha is 0.
     """
-    square = g * g
-    denominator = 2 * square + A.sum((2, 3), keepdim=True) * square * g
-    return (_ratio(square, denominator) * g.relu()).sum((2, 3), keepdim=True) * A
+    denominator = 2 + A.sum((2, 3), keepdim=True) * g
+    return _ratio(g.relu(), denominator).sum((2, 3), keepdim=True) * A
 
 
 def hirescam(A: Tensor, g: Tensor) -> Tensor:
