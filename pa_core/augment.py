@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -215,6 +214,8 @@ def cutmix(
     share of each image's map (SnapMix, Huang et al. 2021; Saliency Grafting, Park et al. 2022); each map is normalised
     to sum 1 and mixed with a flat part of 0.2. An image without a map has a flat one: with flat maps this is CutMix.
     """
+    from scipy.special import betaincinv  # here, because every start of a run imports this module
+
     n, size = len(images), images.shape[-1]
     partner = torch.randperm(n, generator=draws)
     share, y, x, coin = torch.rand(4, n, generator=draws)

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from pa_core.errors import ParameterError, did_you_mean
 
@@ -34,6 +32,8 @@ COMPONENTS = ("leak", "baseline gap", "extra data", "masking", "total")
 def interval(differences: Sequence[float] | np.ndarray, *, level: float = 0.95) -> tuple[float, float, float]:
     """Mean of the differences and its two-sided paired t interval: (mean, low, high); NaN below 2 pairs."""
     d = np.asarray(differences, dtype=float)
+    from scipy import stats  # here, because it takes a second, and every notebook imports this module
+
     mean = float(d.mean()) if len(d) else np.nan
     half = float(stats.t.ppf((1 + level) / 2, len(d) - 1) * stats.sem(d)) if len(d) > 1 else np.nan
     return mean, mean - half, mean + half
@@ -66,6 +66,8 @@ def superiority(differences: Sequence[float] | np.ndarray) -> float:
 def holm(p_values: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
     """p-values of a family, adjusted by Holm's method (1979). One that is missing counts as 1 and stays missing."""
     p = np.asarray(p_values, dtype=float)
+    from statsmodels.stats.multitest import multipletests  # here, for the same reason
+
     adjusted = multipletests(np.nan_to_num(p, nan=1.0), method="holm")[1] if len(p) else p
     return np.where(np.isnan(p), np.nan, adjusted)
 
