@@ -1,7 +1,5 @@
 """How good are predictions? Accuracies and shares are fractions in [0, 1].
 
-scikit-learn is imported by what needs it, after training, for that takes as long as the first epoch.
-
 To add a number to every run's summary.json, and with it a column to `lab.results`: a line in :func:`summarise`.
 """
 
@@ -11,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,8 +22,6 @@ def summarise(logits: Tensor, labels: Tensor) -> dict[str, float]:
     Returns:
         loss: mean cross-entropy, nats. accuracy. balanced_accuracy: mean recall of the classes that occur.
     """
-    from sklearn.metrics import balanced_accuracy_score
-
     predicted = logits.argmax(1)
     return {
         "accuracy": float((predicted == labels).double().mean()),
@@ -39,8 +36,6 @@ def per_class(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str])
     Args:
         labels, predicted: int64 [N], positions among ``classes``.
     """
-    from sklearn.metrics import precision_recall_fscore_support
-
     numbers = range(len(classes))
     measured = precision_recall_fscore_support(labels, predicted, labels=numbers, zero_division=0)
     columns = dict(zip(("precision", "recall", "f1", "support"), measured, strict=True))
@@ -49,8 +44,6 @@ def per_class(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str])
 
 def confusion(labels: Sequence[str], predicted: Sequence[str], classes: Sequence[str]) -> pd.DataFrame:
     """Counts: a row per true class, a column per predicted one (scikit-learn)."""
-    from sklearn.metrics import confusion_matrix
-
     matrix = confusion_matrix(labels, predicted, labels=list(classes))
     return pd.DataFrame(matrix, index=pd.Index(classes, name="true"), columns=pd.Index(classes, name="predicted"))
 

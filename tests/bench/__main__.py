@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description="Benchmarks: " + ", ".join(NAMES))
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; all by default")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed; a table of 1 is not kept")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is timed; a table of 1 is not kept")
     options = parser.parse_args()
     for name in options.names:
         if name not in NAMES:

@@ -23,7 +23,7 @@ from tests.bench import harness
 
 NOTEBOOK = "notebooks/02_training.ipynb"
 TOTAL, KERNEL, FLOOR = "papermill to the first step", "papermill and the kernel start", "torch, torchvision, timm"
-IMPORTS = (FLOOR, "pa_core.params", "pa_core.experiment", "pa_core.lab.results", "pa_core.lab.figures")
+IMPORTS = (FLOOR, "pa_core.params", "pa_core.experiment", "pa_core.lab.explore, pa_core.lab.figures")
 
 
 def run(device: torch.device, rounds: int) -> list[harness.Row]:
