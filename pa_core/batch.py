@@ -95,6 +95,8 @@ def make(
 def unaugmented(images: Tensor, *, pool: Pool, index: Tensor, experiment: Experiment, draws: Draws) -> Tensor:
     """The images at some positions of a pool with every proxy masked, and nothing else changed."""
     pixels, rows = masking.to_float(images), torch.nonzero(pool.proxied[index]).squeeze(1)
+    if not len(rows):
+        return laid_out(pixels)
     values = maps_of(pool, index[rows], images.shape[-1], images.device)
     return laid_out(proxied(pixels, send(rows, images.device), values, experiment=experiment, draws=draws)[0])
 

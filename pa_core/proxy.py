@@ -61,7 +61,7 @@ def pool(part: Part, experiment: Experiment, steps: Sequence[Step]) -> Pool:
     the proxies follow as entries N, N + 1, ..., each `copies` times. ``withhold``: selected images are left out of the
     loss.
     """
-    plain, e = Pool.of(part), experiment
+    plain, e, steps = Pool.of(part), experiment, [step for step in steps if len(step.positions)]
     if not steps:
         return plain
     overlays = {"clean": (e.overlay, e.copies), "thesis": ("append", 1), "thesis_text": ("replace", 1)}

@@ -248,6 +248,13 @@ def test_permuted_maps_are_a_derangement_and_another_one_at_each_step(monkeypatc
     assert choice.seed == derived_seed(e.seed, "proxy step", 2)
 
 
+def test_a_step_that_selected_nothing_leaves_the_maps_of_the_others():
+    nothing = Step(positions=torch.zeros(0, dtype=torch.long), maps=torch.zeros(0, 1, 1).half())
+    pool = pooled(step(1, 4), nothing, keep_proxies="all")
+    assert pool.maps.shape == (2, 4, 4) and pool.proxied.nonzero().flatten().tolist() == [1, 4]
+    assert not pooled(nothing).proxied.any()
+
+
 def test_a_choice_made_for_another_method_is_refused(monkeypatch):
     part, e = part_of(some_images()), Experiment(xai="gradcam", select="all")
     monkeypatch.setattr(proxy, "_scored", lambda *_, **__: (torch.zeros(N, CLASSES), torch.rand(N, 4, 4)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -29,7 +28,11 @@ class Part:
     store: np.ndarray  # uint8 [M, 3, S, S], read-only, of the whole dataset; use read()
     rows: np.ndarray  # int64 [N], where this part's images are in the store
     images: Tensor | None = None  # uint8 [N, 3, S, S] on a device, see on()
+<<<<<<< ours
     counts: Counter[str] = field(default_factory=Counter)  # see reads
+=======
+    counts: list[int] = field(default_factory=list)  # of images, one for each read: threads read, and appending is atomic
+>>>>>>> theirs
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -43,8 +46,13 @@ class Part:
 
     @property
     def reads(self) -> int:
+<<<<<<< ours
         """How many images were read so far, from the store (copies by on() included) or from the device."""
         return self.counts["reads"]
+=======
+        """How many images were read so far: those that were copied to a device, and those read from there, too."""
+        return sum(self.counts)
+>>>>>>> theirs
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,7 +67,7 @@ class Part:
     def read(self, index: Tensor) -> Tensor:
         """The images of positions int64 [n], each from 0 to N - 1 and on any device, in that order: uint8
         [n, 3, S, S], a copy; on the part's device, on the CPU when they are in the store."""
-        self.counts["reads"] += len(index)
+        self.counts.append(len(index))
         if self.images is not None:
             return self.images.index_select(0, send(index, self.images.device))
         return torch.from_numpy(self.store[self.rows[index.cpu().numpy()]])
