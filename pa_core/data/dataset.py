@@ -28,11 +28,7 @@ class Part:
     store: np.ndarray  # uint8 [M, 3, S, S], read-only, of the whole dataset; use read()
     rows: np.ndarray  # int64 [N], where this part's images are in the store
     images: Tensor | None = None  # uint8 [N, 3, S, S] on a device, see on()
-<<<<<<< ours
-    counts: Counter[str] = field(default_factory=Counter)  # see reads
-=======
-    counts: list[int] = field(default_factory=list)  # of images, one for each read: threads read, and appending is atomic
->>>>>>> theirs
+    counts: list[int] = field(default_factory=list)  # images of each read; threads may append
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -46,13 +42,8 @@ class Part:
 
     @property
     def reads(self) -> int:
-<<<<<<< ours
-        """How many images were read so far, from the store (copies by on() included) or from the device."""
-        return self.counts["reads"]
-=======
         """How many images were read so far: those that were copied to a device, and those read from there, too."""
         return sum(self.counts)
->>>>>>> theirs
 
     def __len__(self) -> int:
         return len(self.ids)
