@@ -62,7 +62,8 @@ def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
         allowed = f"must be a folder that can be written ({error.strerror})"
         raise ParameterError("runs_dir", e.runs_dir, allowed) from error
     waiting = f"another process trains {path.name}; waiting for it"
-    with files.lock(path / "lock", waiting, log), torch.random.fork_rng():
+    used = [prepared.device] if prepared.device.type == "cuda" else []  # others would each hold memory for nothing
+    with files.lock(path / "lock", waiting, log), torch.random.fork_rng(devices=used):
         for leftover in path.glob("*.part"):  # of a process killed while it wrote; nobody else writes now
             leftover.unlink()
         if Run(path).finished:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from pa_core.data import send
 from pa_core.errors import ParameterError
 from pa_core.params import derived_seed
 
@@ -41,7 +42,7 @@ def _noise(f: Filling) -> Tensor:
     """Drawn on the CPU for each id, so that every device gets the same."""
     seeds = [derived_seed(f.seed, "noise", name) for name in f.ids]
     drawn = [torch.randn(f.images.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    values = torch.stack(drawn).to(f.images) if drawn else f.images
+    values = send(torch.stack(drawn), f.images.device) if drawn else f.images
     return (_mean(f) + f.images.std((2, 3), keepdim=True) * values).clamp(0, 1)
 
 
@@ -109,7 +110,7 @@ def _highest(maps: Tensor, count: int) -> Tensor:
     n, h, w = maps.shape
     if n == 0 or count <= 0 or count >= h * w:
         return torch.full_like(maps, count > 0, dtype=torch.bool)
-    order = torch.randperm(h * w, generator=torch.Generator().manual_seed(0)).to(maps.device)
+    order = send(torch.randperm(h * w, generator=torch.Generator().manual_seed(0)), maps.device)
     values = maps.flatten(1).index_select(1, order)
     if values.device.type == "cpu":  # many times faster than topk
         limit = torch.from_numpy(np.partition(values.numpy(), -count, axis=1))[:, -count, None]

@@ -86,7 +86,7 @@ def train_one_epoch(
     the same.
 
     Returns:
-        train_loss (nats, the batches' losses averaged by size), train_accuracy (of all images drawn, as the network saw
+        train_loss (nats, mean over the images that count in it), train_accuracy (of all images drawn, as the network saw
         them), lr (of the last step), images_per_second, seconds. Where labels are mixed, the loss is that against soft
         labels, and a prediction is right when it is the class with the largest share.
 
@@ -121,10 +121,11 @@ def train_one_epoch(
     if not losses.isfinite().all():
         step = int(losses.isfinite().logical_not().nonzero()[0]) + 1
         raise NonFiniteLoss(f"the loss is not finite in epoch {epoch}, step {step}; a lower lr may help")
+    counted = torch.tensor([len(index) - int(pool.withheld[index].sum()) for index in order]).double()
     seconds = time.perf_counter() - started
     state.epoch = epoch
     return {
-        "train_loss": float(losses @ torch.tensor([len(index) for index in order]).double()) / draws,
+        "train_loss": float(losses @ counted / counted.sum().clamp(min=1)),
         "train_accuracy": int(correct) / draws,
         "lr": lr,
         "images_per_second": draws / seconds,

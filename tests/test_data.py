@@ -21,6 +21,7 @@ from small_sets import encoded, everything, noise, refused
 
 from pa_core import data, files
 from pa_core.data import cache, decode, sources, splits
+from pa_core.train import feed
 
 ROOT = Path(__file__).resolve().parents[1]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -479,6 +480,16 @@ def test_the_digest_is_of_content_and_names_and_of_nothing_else(tmp_path):
 
 
 # Parts
+
+
+def test_no_read_is_lost_where_threads_read(home):
+    part, interval = data.load(dataset="fashion_mini").test, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        read = sum(len(some) for some in feed(part, torch.arange(len(part)).repeat(16).split(1), torch.device("cpu")))
+    finally:
+        sys.setswitchinterval(interval)
+    assert part.reads == read == 16 * len(part)
 
 
 def test_a_part_counts_its_reads_and_gives_copies_in_the_order_asked(tmp_path):

@@ -99,9 +99,13 @@ def test_append_keeps_the_originals_and_puts_copies_of_the_proxies_beside_them(t
     assert set(masks) & {i for i in seen if i < 160} and {seen[i] for i in seen if i >= 160} <= set(masks)
 
 
-def test_withheld_images_pass_unchanged_and_have_no_part_in_the_loss(tmp_path, spy):
-    e = small(tmp_path, augment="none", overlay="withhold")
+def test_withheld_images_pass_unchanged_and_have_no_part_in_the_loss(tmp_path, spy, monkeypatch):
+    e, losses, real = small(tmp_path, augment="none", overlay="withhold"), [], train.weighted_loss
+    monkeypatch.setattr(train, "weighted_loss", lambda *a, **how: losses.append(real(*a, **how)) or losses[-1])
     run = experiment.run(e, **QUIET)
+    counted = torch.stack([some.sum() for some in spy[1].weights])
+    mean = (torch.stack(losses[10:]).detach() * counted).sum() / counted.sum()
+    assert run.metrics["train_loss"][1] == pytest.approx(mean.item()) and len(set(counted.tolist())) > 1
     selected, before = set(np.load(run.step(1) / "positions.npy").tolist()), originals(e)
     assert len(selected) == 32 and all(some is None for some in spy[0].weights)
     for index, some in zip(spy[1].index, spy[1].weights, strict=True):
@@ -358,6 +362,8 @@ def test_nothing_selected_is_no_error(tmp_path, permute):
     for overlay in ("replace", "append", "withhold"):
         pool = proxy.pool(part, e.replace(overlay=overlay), [Step.load(tmp_path / "step_1")])
         assert len(pool) == 160 and not pool.proxied.any() and not pool.withheld.any()
+    more = Step(positions=torch.tensor([3, 5]), maps=torch.rand(2, 4, 4).half())  # kept beside it
+    assert proxy.pool(part, e, [Step.load(tmp_path / "step_1"), more]).proxied.nonzero().flatten().tolist() == [3, 5]
 
 
 def test_fewer_proxies_when_fewer_qualify_and_it_is_said(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pa_core import experiment, protocol, runs, train
+from pa_core import batch, experiment, protocol, proxy, runs, train
+from pa_core.augment import generators
 from pa_core.errors import ParameterError
 from pa_core.params import Experiment
 from pa_core.proxy import Step
@@ -114,6 +115,13 @@ def test_the_clean_protocol_has_nothing_of_it(part):
     protocol.check(Experiment(train_fraction=1e-4), len(part))
     with pytest.raises(ParameterError, match="train_fraction=0.0001: .*0 of 3200 images.*two to halve"):
         protocol.check(Experiment(train_fraction=1e-4, protocol="thesis"), len(part))
+
+
+def test_batches_without_a_proxy_are_evaluated_as_they_are(part):
+    e = Experiment(protocol="thesis", feather=2, fill="noise", threshold_mode="deviations")
+    images, pool = part.read(torch.arange(4)), proxy.pool(part, e, [some(6, 7)])
+    found = batch.unaugmented(images, pool=pool, index=torch.arange(4), experiment=e, draws=generators(0, 0))
+    assert torch.equal(found, batch.to_pixels(images))
 
 
 def test_the_thesis_protocol_from_end_to_end(thesis, watched):
