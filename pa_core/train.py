@@ -86,9 +86,9 @@ def train_one_epoch(
     the same.
 
     Returns:
-        train_loss (nats, mean over the images that count in it), train_accuracy (of all images drawn, as the network saw
-        them), lr (of the last step), images_per_second, seconds. Where labels are mixed, the loss is that against soft
-        labels, and a prediction is right when it is the class with the largest share.
+        train_loss (nats, mean over the images that count in it), train_accuracy (of all images drawn, as the network
+        saw them), lr (of the last step), images_per_second, seconds. Where labels are mixed, the loss is that against
+        soft labels, and a prediction is right when it is the class with the largest share.
 
     Raises:
         NonFiniteLoss: with the epoch and the first bad step.
