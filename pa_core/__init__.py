@@ -1,12 +1,12 @@
-"""Proxy Attention: train, look where the network looked on its worst images, mask that, train on.
+"""Proxy Attention: train, ask where the network looked, let the next batches use those maps, repeat.
 
-The package is a chain: a module imports only modules above it.
+The package is a chain: a module imports only modules that stand before it.
 
-    schedule -> params -> data -> models -> attribution -> masking -> selection -> metrics -> runs -> train
-    -> proxy -> protocol -> experiment -> statistics -> results -> figures -> sweep -> study
+    errors -> files -> schedule -> coerce -> params -> data -> models -> attribution -> masking -> selection -> augment
+    -> batch -> metrics -> runs -> device -> train -> proxy -> protocol -> prepare -> experiment -> lab
 
-``schedule`` knows nothing but its own text, so it stands first and `params` can refuse a bad one.
-Importing ``pa_core`` alone loads none of them; ``from pa_core.experiment import run`` loads torch.
+All up to `experiment` makes one run; `lab` compares and draws runs. ``import pa_core`` alone loads no module of it;
+``from pa_core.experiment import run`` loads torch.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,376 +1,179 @@
-"""Parameters of an experiment: one frozen, flat dataclass, the same names everywhere.
+"""Parameters of an experiment: one frozen, flat pydantic model, the same names everywhere.
 
-Values arrive as papermill, YAML or a DataFrame hand them over (``18`` for a schedule, ``"true"`` for a
-boolean, ``"1e-3"`` for a number); :class:`Experiment` coerces and checks them in this one place. What
-cannot be known without loading torch (dataset, model, explanation method, CUDA) is checked by the module that
-knows it, with the same :class:`ParameterError`, before any training.
+Each is described here and nowhere else: the notebooks' parameter cells, docs/parameters.md and ``papermill
+--help-notebook`` follow from it. What cannot be known without loading torch (dataset, model, explanation method, CUDA)
+is checked by the module that knows it, with the same :class:`ParameterError`, before any training.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import json
-import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pa_core.schedule import PROXY, ScheduleError, epochs, parse, steps
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-SCHEMA = 1
-"""Raised when a parameter changes its meaning, so that old runs are not taken for new ones."""
+from pa_core.coerce import Augment, BatchSize, Device, Name, Pretrained, Probability, Schedule, Share, Text
+from pa_core.errors import ParameterError, did_you_mean
+from pa_core.files import read_yaml
+from pa_core.schedule import EPOCH, PROXY, epochs, parse, steps
 
-SELECT = ("misclassified", "loss", "margin", "entropy", "random", "easiest", "all")
-FILLS = ("zero", "one", "mean", "max", "min", "half_max", "noise", "blur", "patch", "blend", "none")
-PROTOCOLS = ("clean", "thesis", "thesis_text")
-AUGMENTATIONS = ("flip", "rotate", "crop", "erase", "cutmix", "mixup")
-
-
-class ParameterError(ValueError):
-    """A parameter's value is refused. The message is one sentence: parameter, value, what is allowed."""
-
-    def __init__(self, name: str, value: Any, allowed: str):
-        super().__init__(f"{name} = {value!r} is refused: {allowed}")
-        self.name, self.value, self.allowed = name, value, allowed
-
-    def __reduce__(self):  # survives a trip between processes
-        return type(self), (self.name, self.value, self.allowed)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the known name nearest to ``name``, or an empty string."""
-    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+SCHEMA = 2
+"""Incremented when the same parameters would give another result; CHANGELOG.md says what each one changed."""
 
 
 def derived_seed(seed: int, *labels: Any) -> int:
     """A seed in [0, 2**63) for one purpose, e.g. ``derived_seed(seed, "order", epoch)``.
 
-    Streams derived in this way are independent of each other and of how often any was drawn from, so that
-    an arm with proxy steps sees the same order and augmentation as one without, and a resumed run the same as a whole one.
+    Streams derived in this way are independent of each other and of how often any was drawn from, so that an arm with
+    proxy steps sees the same order and augmentation as one without, and a resumed run the same as a whole one.
     """
     text = json.dumps([seed, *labels])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def home() -> Path:
-    """The repository's root when pa_core is used from a checkout, else the working directory."""
-    root = Path(__file__).resolve().parents[1]
-    return root if (root / "pyproject.toml").is_file() else Path.cwd()
+def _p(default: Any, description: str) -> Any:
+    return Field(default, description=description)
 
 
-def shown(path: Path) -> str:
-    """A path as it is printed: within the repository from its root, so that a notebook names nobody's home folder."""
-    return path.relative_to(home()).as_posix() if path.is_relative_to(home()) else str(path)
+class Parameters(BaseModel):
+    """Names, types, defaults and meanings; each parameter is described here and nowhere else."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-def data_home() -> Path:
-    """Where downloads and image caches live: ``$PA_DATA``, else ``data/``; a relative one in the repository."""
-    return home() / Path(os.environ.get("PA_DATA") or "data").expanduser()
-
-
-def runs_home(runs_dir: str = "runs") -> Path:
-    """The folder that holds the runs. The default ``"runs"`` is ``$PA_RUNS``, else ``runs/``, a relative one in the
-    repository, whatever the working directory; any other relative path is taken from the working directory.
-    """
-    if runs_dir == "runs":
-        return home() / Path(os.environ.get("PA_RUNS") or "runs").expanduser()
-    return Path(runs_dir).expanduser().absolute()
-
-
-# Coercions: a value as it arrives -> the value as it is kept. Each raises ValueError, whose text says what is allowed.
-
-
-def _integer(low: int, high: int | None = None) -> Callable[[Any], int]:
-    allowed = (
-        f"allowed is a whole number of at least {low}"
-        if high is None
-        else f"allowed is a whole number from {low} to {high}"
+    # data
+    dataset: Text = _p("fashion_mini", "a name from pa_core.data.names(), or folder")
+    data_dir: Text | None = _p(None, "the folder of your images, or of a torchvision dataset")
+    bad_images: Literal["refuse", "skip"] = _p("refuse", "what is done about image files that cannot be used")
+    image_size: Annotated[int, Ge(16), Le(4096)] | None = _p(None, "pixels per side; none is the dataset's own")
+    train_fraction: Share = _p(1.0, "share of the training images that is used, at least one per class")
+    folds: Annotated[int, Ge(2), Le(1000)] = _p(5, "number of stratified folds, of which one is for validation")
+    fold: Annotated[int, Ge(0)] = _p(0, "the fold for validation, counted from 0")
+    # model
+    model: Text = _p("test_resnet", "any timm name")
+    pretrained: Pretrained = _p(False, "true, false, or a weights file (.safetensors, .pth or .pt)")
+    # explanation
+    xai: Name = _p("gradcam++", "explanation method; docs/methods.md has all")
+    xai_target: Literal["predicted", "label"] = _p("predicted", "which class is explained")
+    cam_layer: Text | None = _p(None, "a module's dotted name: CAMs use its output; none is the model's own")
+    smooth: Literal["none", "gaussian", "eigen", "flip"] = _p("none", "how maps are smoothed")
+    permute_maps: bool = _p(False, "each image gets the map of another one: the control for where is masked")
+    # schedule and selection
+    schedule: Schedule = _p("5,p,5", "epochs; between them p proxy step, c forget maps, x0.3 prune, l0.1 scale lr")
+    select: Literal["misclassified", "loss", "margin", "entropy", "random", "easiest", "all"] = _p(
+        "loss", "how the training images that get a map are selected"
     )
+    fraction: Share = _p(0.2, "share of the training images that is selected")
+    keep_proxies: Literal["last", "all"] = _p("last", "the proxy steps whose maps are used")
+    # masks
+    mask_region: Literal["salient", "rest"] = _p("salient", "which pixels are masked")
+    threshold_mode: Literal["absolute", "quantile", "deviations"] = _p(
+        "quantile", "what threshold is: a map value, a quantile, or standard deviations above the mean"
+    )
+    threshold: Annotated[float, Ge(0), Le(10)] = _p(0.75, "quantile 0.75 masks exactly a quarter of each image")
+    max_share: Share = _p(1.0, "at most this share of an image is masked, the highest values first")
+    fill: Literal["zero", "one", "mean", "max", "min", "half_max", "noise", "blur", "patch", "blend", "none"] = _p(
+        "mean", "what masked pixels become; pa_core.masking.apply explains each"
+    )
+    weight: Probability = _p(1.0, "weight of the fill; 0 changes nothing")
+    feather: Annotated[int, Ge(0), Le(4096)] = _p(0, "pixels over which the fill fades in from the mask's edge")
+    overlay: Literal["replace", "append", "withhold"] = _p(
+        "replace", "proxies replace their originals or are appended, or the originals are left out of the loss"
+    )
+    copies: Annotated[int, Ge(1)] = _p(1, "how many times each proxy is appended")
+    proxy_probability: Probability = _p(1.0, "probability that a proxy is masked when a batch draws it")
+    # training
+    protocol: Literal["clean", "thesis", "thesis_text"] = _p("clean", "thesis and thesis_text replay the predecessor")
+    augment: Augment = _p("flip,crop", "none, or any of flip, rotate, crop, erase, cutmix, mixup")
+    erase_region: Literal["anywhere", "attended", "spared"] = _p(
+        "anywhere", "where erase places its rectangle: anywhere, where the map is high, or where it is low"
+    )
+    erase_probability: Probability = _p(0.5, "probability that erase changes an image")
+    mix_labels: Literal["area", "attention"] = _p("area", "what sets the two labels' shares in a cutmix image")
+    mix_probability: Probability = _p(0.5, "probability that cutmix or mixup changes an image")
+    cutmix_alpha: Annotated[float, Gt(0), Le(1000)] = _p(1.0, "cutmix draws its share from Beta(alpha, alpha)")
+    optimizer: Literal["adamw", "sgd"] = _p("adamw", "sgd has Nesterov momentum 0.9")
+    lr: Annotated[float, Gt(0)] = _p(1e-3, "highest learning rate")
+    weight_decay: Annotated[float, Ge(0)] = _p(1e-2, "decoupled with adamw")
+    scheduler: Literal["onecycle", "cosine", "constant"] = _p("onecycle", "learning rate over the whole run")
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = _p(0.0, "share of the label that is spread over all classes")
+    batch_size: BatchSize = _p(64, "a whole number of at least 1, or auto")
+    # machine
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _p("auto", "auto is bf16 or fp16 on CUDA, fp32 elsewhere")
+    tf32: bool = _p(False, "float32 products in TF32, on CUDA")
+    deterministic: bool = _p(False, "only deterministic operations: the same result again on CUDA")
+    device: Device = _p("auto", "auto, cpu, cuda, cuda:N or mps")
+    compile: bool = _p(False, "torch.compile the training step")
+    seed: Annotated[int, Ge(0), Lt(2**63)] = _p(0, "seeds split, initialisation, order, augmentation and masks")
+    runs_dir: Text = _p("runs", "where runs are kept; runs is the repository's folder, or $PA_RUNS")
 
-    def coerce(value: Any) -> int:
-        number = _number(value, allowed)
-        if number != int(number) or number < low or (high is not None and number > high):
-            raise ValueError(allowed)
-        return int(number)
-
-    return coerce
-
-
-def _real(allowed: str, inside: Callable[[float], bool]) -> Callable[[Any], float]:
-    def coerce(value: Any) -> float:
-        number = _number(value, allowed)
-        if not inside(number) or number > 1e300:
-            raise ValueError(allowed)
-        return float(number)
-
-    return coerce
-
-
-def _number(value: Any, allowed: str) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(allowed)
-    try:
-        number = int(value) if isinstance(value, int) else float(value)
-    except ValueError:
-        raise ValueError(allowed) from None
-    if isinstance(number, float) and not math.isfinite(number):
-        raise ValueError(allowed)
-    return number
-
-
-def _boolean(value: Any) -> bool:
-    if isinstance(value, bool):
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """A value as papermill, YAML or a DataFrame hands it over, in the form that the field's type reads."""
+        value = value.item() if hasattr(value, "item") else value  # numpy scalars
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        name = info.field_name or ""
+        kind = cls.model_fields[name].annotation
+        members = get_args(kind) or (kind,)
+        text = value.strip().lower() if isinstance(value, str) else value
+        if isinstance(value, bool) and {int, float} & {(get_args(m) or [m])[0] for m in members}:
+            raise ValueError(f"must be {PARAMETERS[name].allowed or PARAMETERS[name].description}")  # else True is 1
+        if type(None) in members:
+            return None if text == "none" else value
+        if get_origin(kind) is Literal or bool in members and text in ("true", "false") or text == "auto":
+            return "none" if value is None else text
         return value
-    if str(value).strip().lower() in ("true", "false"):
-        return str(value).strip().lower() == "true"
-    raise ValueError("allowed is true or false")
 
 
-def _choice(*allowed: str) -> Callable[[Any], str]:
-    one_of = f"one of {', '.join(allowed)}"
-
-    def coerce(value: Any) -> str:
-        text = _text(value).strip().lower()
-        if text not in allowed:
-            raise ValueError(f"allowed is {one_of}{nearest(text, allowed)}")
-        return text
-
-    return coerce
-
-
-def _text(value: Any) -> str:
-    # A folder called 101 arrives from the command line as a number; "none" is a value of several choices.
-    if isinstance(value, bool) or not isinstance(value, (str, int, float, os.PathLike)) or str(value).strip() == "":
-        if value is None:
-            return "none"
-        raise ValueError("allowed is a text that is not empty")
-    return str(value)
-
-
-def _optional(coerce: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def wrapped(value: Any) -> Any:
-        return None if value is None or str(value).strip().lower() == "none" else coerce(value)
-
-    return wrapped
-
-
-def _or_auto(coerce: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def wrapped(value: Any) -> Any:
-        if isinstance(value, str) and value.strip().lower() == "auto":
-            return "auto"
-        try:
-            return coerce(value)
-        except ValueError as error:
-            raise ValueError(f"{error}, or auto") from None
-
-    return wrapped
-
-
-def _pretrained(value: Any) -> bool | str:
-    try:
-        return _boolean(value)
-    except ValueError:
-        if isinstance(value, (str, os.PathLike)) and Path(value).suffix.lower() in (".safetensors", ".pth", ".pt"):
-            return str(value)
-    raise ValueError("allowed is true, false, or the path of a weights file (.safetensors, .pth or .pt)")
-
-
-def _schedule(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        raise ValueError("allowed is a text such as 5,p,5: quote it where YAML would take it apart")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    try:
-        return ",".join(parse("" if value is None else str(value)))
-    except ScheduleError as error:
-        raise ValueError(str(error)) from None
-
-
-def _augment(value: Any) -> str:
-    names = [str(v) for v in value] if isinstance(value, (list, tuple)) else _text(value).split(",")
-    names = [name.strip().lower() for name in names]
-    if names == ["none"]:
-        return "none"
-    allowed = f"allowed is none, or any of {', '.join(AUGMENTATIONS)} with commas between them"
-    for name in names:
-        if name not in AUGMENTATIONS:
-            raise ValueError(f"{name or 'an empty name'} is unknown; {allowed}{nearest(name, AUGMENTATIONS)}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"a name stands twice; {allowed}")
-    return ",".join(name for name in AUGMENTATIONS if name in names)
-
-
-def _device(value: Any) -> str:
-    text = _text(value).strip().lower()
-    kind, colon, number = text.partition(":")
-    if text in ("auto", "cpu", "cuda", "mps") or (kind == "cuda" and colon and number.isdigit()):
-        return text
-    raise ValueError("allowed is one of auto, cpu, cuda, cuda:N, mps")
-
-
-COERCE: dict[str, Callable[[Any], Any]] = {
-    "dataset": _text,
-    "data_dir": _optional(_text),
-    "bad_images": _choice("refuse", "skip"),
-    "image_size": _optional(_integer(16, 4096)),
-    "train_fraction": _real("allowed is a number above 0 and up to 1", lambda x: 0 < x <= 1),
-    "folds": _integer(2, 1000),
-    "fold": _integer(0),
-    "model": _text,
-    "pretrained": _pretrained,
-    "xai": lambda value: _text(value).strip().lower(),
-    "xai_target": _choice("predicted", "label"),
-    "cam_layer": _optional(_text),
-    "smooth": _choice("none", "gaussian", "eigen", "flip"),
-    "schedule": _schedule,
-    "select": _choice(*SELECT),
-    "fraction": _real("allowed is a number above 0 and up to 1", lambda x: 0 < x <= 1),
-    "mask_region": _choice("salient", "rest"),
-    "threshold_mode": _choice("absolute", "quantile"),
-    "threshold": _real("allowed is a number from 0 to 1", lambda x: 0 <= x <= 1),
-    "max_share": _real("allowed is a number above 0 and up to 1", lambda x: 0 < x <= 1),
-    "fill": _choice(*FILLS),
-    "weight": _real("allowed is a number from 0 to 1", lambda x: 0 <= x <= 1),
-    "feather": _integer(0, 4096),
-    "overlay": _choice("replace", "append"),
-    "keep_proxies": _choice("last", "all"),
-    "protocol": _choice(*PROTOCOLS),
-    "augment": _augment,
-    "optimizer": _choice("adamw", "sgd"),
-    "lr": _real("allowed is a number above 0", lambda x: x > 0),
-    "weight_decay": _real("allowed is a number of at least 0", lambda x: x >= 0),
-    "scheduler": _choice("onecycle", "cosine", "constant"),
-    "label_smoothing": _real("allowed is a number from 0 to below 1", lambda x: 0 <= x < 1),
-    "batch_size": _or_auto(_integer(1)),
-    "precision": _choice("auto", "fp32", "bf16", "fp16"),
-    "device": _device,
-    "compile": _boolean,
-    "tf32": _boolean,
-    "store": _choice("auto", "device", "mapped"),
-    "seed": _integer(0, 2**63 - 1),
-    "runs_dir": _text,
-}
-
-_PROXY_ONLY = frozenset(
-    "xai xai_target cam_layer smooth select fraction mask_region threshold_mode threshold max_share fill weight feather "
-    "overlay keep_proxies".split()
-)
-# Neither places nor what the data digest and the resolved image size, which enter the identity, say already
-_ELSEWHERE = frozenset("data_dir device store runs_dir bad_images image_size".split())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Everything that decides a run. See the README's parameter table for what each name means.
+class Experiment(Parameters):
+    """Everything that decides a run; frozen and flat.
 
     Raises:
-        ParameterError: a value is not allowed.
+        ParameterError: a value is not allowed, or a name is no parameter.
     """
 
-    dataset: str = "fashion_mini"
-    data_dir: str | None = None
-    bad_images: str = "refuse"
-    image_size: int | None = None
-    train_fraction: float = 1.0
-    folds: int = 5
-    fold: int = 0
-    model: str = "test_resnet"
-    pretrained: bool | str = False
-    xai: str = "gradcam++"
-    xai_target: str = "predicted"
-    cam_layer: str | None = None
-    smooth: str = "none"
-    schedule: str = "5,p,5"
-    select: str = "loss"
-    fraction: float = 0.2
-    mask_region: str = "salient"
-    threshold_mode: str = "quantile"
-    threshold: float = 0.75
-    max_share: float = 1.0
-    fill: str = "mean"
-    weight: float = 1.0
-    feather: int = 0
-    overlay: str = "replace"
-    keep_proxies: str = "last"
-    protocol: str = "clean"
-    augment: str = "flip,crop"
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 1e-2
-    scheduler: str = "onecycle"
-    label_smoothing: float = 0.0
-    batch_size: int | str = 64
-    precision: str = "auto"
-    device: str = "auto"
-    compile: bool = False
-    tf32: bool = False
-    store: str = "auto"
-    seed: int = 0
-    runs_dir: str = "runs"
-
-    def __post_init__(self) -> None:
-        for name, coerce in COERCE.items():
-            value = getattr(self, name)
-            value = value.item() if hasattr(value, "item") else value  # numpy scalars, from a DataFrame
-            try:
-                object.__setattr__(self, name, coerce(value))
-            except ValueError as error:
-                raise ParameterError(name, value, str(error)) from None
-        if parse(self.schedule)[0] == PROXY and self.pretrained is False:
-            allowed = (
-                "a schedule that begins with p needs pretrained weights, an untrained network has learnt nothing yet"
-            )
-            raise ParameterError("schedule", self.schedule, allowed)
-        if self.fold >= self.folds:
-            raise ParameterError("fold", self.fold, f"allowed is 0 to {self.folds - 1}, for folds = {self.folds}")
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _refusal(error) from None
+        _check_together(self)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Experiment:
-        """An experiment from names and values; a name that is no parameter is refused with the nearest one."""
-        for name in values:
-            if name not in COERCE:
-                raise ParameterError(
-                    str(name),
-                    values[name],
-                    f"there is no such parameter{nearest(name, COERCE)}; see the parameter table",
-                )
-        return cls(**values)
+        """An experiment from names and values."""
+        return cls(**{str(name): value for name, value in values.items()})
 
     @classmethod
-    def from_yaml(cls, path: str | os.PathLike) -> Experiment:
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Experiment:
         """An experiment from a YAML file of names and values."""
-        import yaml
-
-        try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            reason = str(error).splitlines()[0]
-            raise ParameterError(
-                "params file", str(path), f"it cannot be read ({reason}); allowed is a YAML file"
-            ) from error
-        if not isinstance(values, dict):
-            raise ParameterError("params file", str(path), "allowed is a file of lines such as 'lr: 1e-3'")
-        return cls.from_mapping(values)
+        return cls.from_mapping(read_yaml(path))
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any], *, also: Iterable[str] = ()) -> Experiment:
         """An experiment from a notebook's variables: ``Experiment.from_notebook(globals())``.
 
-        papermill only warns about a parameter that a notebook does not have, so the names that the
-        parameter cells assigned are compared with the parameters here; ``also`` names the notebook's own extra ones.
+        papermill only warns about a parameter that a notebook does not have, so the names that the parameter cells
+        assigned are compared with the parameters here; ``also`` names the notebook's own extra ones.
         """
-        refuse_unknown(namespace, [*COERCE, *also])
-        return cls(**{name: namespace[name] for name in COERCE if name in namespace})
+        refuse_unknown(namespace, [*cls.model_fields, *also])
+        return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
+
+    def replace(self, **changes: Any) -> Experiment:
+        """A copy with other values, checked."""
+        return type(self)(**{**self.to_dict(), **changes})
 
     def plain(self) -> Experiment:
-        """The plain run of equal length: the same number of epochs, no proxy step."""
-        return replace(self, schedule=str(self.length))
+        """The plain run of equal length: the same number of epochs, and no event between them."""
+        needs_maps = {"erase_region": "anywhere", "mix_labels": "area"}
+        return self.replace(schedule=str(self.length), **needs_maps)
 
     @property
     def length(self) -> int:
@@ -379,34 +182,37 @@ class Experiment:
 
     @property
     def keeps_all_proxies(self) -> bool:
-        """Whether the proxies of every step stay; the predecessor's do."""
+        """Whether the maps of every proxy step are used, not only the last one's; the predecessor keeps all."""
         return self.keep_proxies == "all" or self.protocol != "clean"
 
-    def effective(self) -> dict[str, Any]:
-        """The parameters that have an effect and differ from their defaults.
+    @property
+    def augmentations(self) -> frozenset[str]:
+        return frozenset(self.augment.split(",")) - {"none"}
 
-        Paths and devices have none on the result; without a proxy step neither has anything that shapes proxies.
-        """
-        unused = set(_ELSEWHERE)
-        if not steps(self.schedule):
-            unused |= _PROXY_ONLY
-        if steps(self.schedule) == 1:
-            unused.add("keep_proxies")
-        if self.protocol != "clean":
-            unused |= {"select", "overlay", "keep_proxies"}  # the protocol says what is selected, and where proxies go
-        elif self.select == "all":
-            unused.add("fraction")
-        if self.fill == "none":
-            unused |= {"weight", "feather", "threshold", "threshold_mode", "max_share", "mask_region"}
-            unused |= {"xai", "xai_target", "cam_layer", "smooth"}
-        if isinstance(self.pretrained, str):
-            unused.add("pretrained")  # the file's content counts, see `digest`
-        defaults = type(self)()
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name not in unused and getattr(self, field.name) != getattr(defaults, field.name)
-        }
+    @property
+    def explains(self) -> bool:
+        """Whether proxy steps make maps; if not, they only select images."""
+        uses_maps = self.masks or self.erase_region != "anywhere" or self.mix_labels == "attention"
+        return uses_maps and steps(self.schedule) > 0
+
+    @property
+    def masks(self) -> bool:
+        """Whether proxies are masked; with ``fill none`` or ``overlay withhold`` they equal their originals."""
+        return self.fill != "none" and (self.overlay != "withhold" or self.protocol != "clean")
+
+    @property
+    def explained(self) -> str:
+        """The class that is explained: ``label`` (which mixing by attention needs) or ``predicted``."""
+        return "label" if self.mix_labels == "attention" else self.xai_target
+
+    def changed(self) -> dict[str, Any]:
+        """The parameters that differ from their defaults."""
+        return {k: v for k, v in self.to_dict().items() if v != Parameters.model_fields[k].default}
+
+    def effective(self) -> dict[str, Any]:
+        """The parameters that differ from their defaults and have an effect on the result."""
+        unused = _without_effect(self)
+        return {name: value for name, value in self.changed().items() if name not in unused}
 
     def digest(self, *, data: str, image_size: int, weights: str = "") -> str:
         """The run's identity: SHA-256 (hex) of schema number, effective parameters and content.
@@ -416,49 +222,178 @@ class Experiment:
             image_size: as resolved by the dataset.
             weights: digest of the weights file, when ``pretrained`` names one.
         """
-        content = {
-            "schema": SCHEMA,
-            "parameters": self.effective(),
-            "data": data,
-            "image_size": image_size,
-            "weights": weights,
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        content = {"schema": SCHEMA, "parameters": self.effective(), "data": data, "image_size": image_size}
+        text = json.dumps(content | {"weights": weights}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def command(self, notebook: str) -> str:
         """The papermill command that runs a notebook with these parameters."""
-        defaults = type(self)()
-        options = [
-            f"-p {field.name} {shlex.quote(str(getattr(self, field.name)))}"
-            for field in fields(self)
-            if getattr(self, field.name) != getattr(defaults, field.name)
-        ]
+        options = [f"-p {name} {shlex.quote(str(value))}" for name, value in self.changed().items()]
         return " ".join([f"papermill notebooks/{notebook}.ipynb {notebook}.out.ipynb", *options])
 
     def to_dict(self) -> dict[str, Any]:
         """Names and values, as they go into the manifest and a params file."""
-        return asdict(self)
+        return self.model_dump()
+
+
+PROXY_PARAMETERS = frozenset(
+    "xai xai_target cam_layer smooth permute_maps select fraction keep_proxies mask_region threshold_mode threshold "
+    "max_share fill weight feather overlay copies proxy_probability".split()
+)
+"""Parameters of maps and proxies: without a proxy step they have no effect."""
+_MASK = frozenset("weight feather threshold threshold_mode max_share mask_region proxy_probability".split())
+_EXPLANATION = frozenset("xai xai_target cam_layer smooth permute_maps".split())
+# Places, and what the identity holds already as the data digest and the resolved image size
+_ELSEWHERE = frozenset("data_dir device runs_dir bad_images image_size".split())
+
+
+def _without_effect(e: Experiment) -> set[str]:
+    """Names of parameters whose value changes nothing in this run."""
+    unused: set[str] = set(_ELSEWHERE)
+    count = steps(e.schedule)
+    rules: list[tuple[bool, Iterable[str]]] = [
+        (not count, PROXY_PARAMETERS),
+        (count == 1, {"keep_proxies"}),
+        (e.protocol != "clean", {"select", "overlay", "copies", "keep_proxies"}),  # the protocol sets them
+        (e.protocol == "clean" and e.select == "all", {"fraction"}),
+        (e.protocol == "clean" and e.overlay != "append", {"copies"}),
+        (not e.masks, _MASK),
+        (e.protocol == "clean" and e.overlay == "withhold", {"fill"}),
+        (not e.explains, _EXPLANATION),
+        (e.mix_labels == "attention", {"xai_target"}),
+        ("erase" not in e.augmentations, {"erase_region", "erase_probability"}),
+        ("cutmix" not in e.augmentations, {"mix_labels", "cutmix_alpha"}),
+        (not e.augmentations & {"cutmix", "mixup"}, {"mix_probability"}),
+        (isinstance(e.pretrained, str), {"pretrained"}),  # the file's content counts, see `digest`
+    ]
+    for applies, names in rules:
+        unused |= set(names) if applies else set()
+    return unused
+
+
+def _check_together(e: Experiment) -> None:
+    """Refuse values that are allowed alone and not together."""
+    has_steps = steps(e.schedule) > 0
+    kinds = [event.kind for event in parse(e.schedule, p_trains=e.protocol != "clean")]
+    if e.fold >= e.folds:
+        raise ParameterError("fold", e.fold, f"must be 0 to {e.folds - 1} for folds={e.folds}")
+    if PROXY in kinds[: kinds.index(EPOCH)] and e.pretrained is False:
+        allowed = "must begin with epochs, or have pretrained weights: an untrained network has learnt nothing yet"
+        raise ParameterError("schedule", e.schedule, allowed)
+    if e.protocol != "clean" and set(kinds) - {EPOCH, PROXY}:
+        raise ParameterError("schedule", e.schedule, f"must hold epochs and p alone with protocol={e.protocol!r}")
+    if e.threshold > 1 and e.threshold_mode != "deviations":
+        raise ParameterError(
+            "threshold", e.threshold, f"must be a number from 0 to 1 with threshold_mode={e.threshold_mode!r}"
+        )
+    for name, neutral, needed in (("erase_region", "anywhere", "erase"), ("mix_labels", "area", "cutmix")):
+        value = getattr(e, name)
+        if value != neutral and (needed not in e.augmentations or not has_steps):
+            allowed = f"must be {neutral}, or have maps: augment with {needed} and a schedule with p"
+            raise ParameterError(name, value, allowed)
+
+
+# What a value must be, in words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter as the documentation and the notebooks show it."""
+
+    name: str
+    default: Any
+    description: str
+    allowed: str
+    choices: tuple[str, ...]
+
+
+def _described(name: str, field: Any) -> Parameter:
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    allowed = f"one of {', '.join(choices)}" if choices else _range(field.annotation, field.metadata)
+    return Parameter(name=name, default=field.default, description=field.description, allowed=allowed, choices=choices)
+
+
+def _range(kind: Any, metadata: Sequence[Any]) -> str:
+    """``a number above 0, at most 1``; empty for a text."""
+    if type(None) in get_args(kind):
+        inner = get_args(kind)[0]
+        words = _range(get_args(inner)[0], inner.__metadata__)
+        return words and f"{words}, or none"
+    if kind is bool:
+        return "true or false"
+    if kind not in (int, float):
+        return ""
+    words = {Gt: "above", Ge: "of at least", Lt: "below", Le: "at most"}
+    bounds = [f"{words[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in metadata if type(m) in words]
+    return ("a number " if kind is float else "a whole number ") + ", ".join(bounds)
+
+
+PARAMETERS: dict[str, Parameter] = {name: _described(name, field) for name, field in Parameters.model_fields.items()}
+"""All parameters, in the order in which they are shown."""
+SELECT, FILLS = PARAMETERS["select"].choices, PARAMETERS["fill"].choices
+
+
+def check(name: str, value: Any) -> Any:
+    """One parameter's value in the form in which an experiment keeps it.
+
+    Raises:
+        ParameterError: the value is not allowed, or there is no such parameter.
+    """
+    try:
+        return getattr(Parameters(**{name: value}), name)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> ParameterError:
+    """The first thing that pydantic found, in one sentence."""
+    first = error.errors()[0]
+    name, value = str(first["loc"][0]), first["input"]
+    if name not in PARAMETERS:
+        return unknown(name, value, PARAMETERS)
+    known, reason = PARAMETERS[name], first.get("ctx", {}).get("error")
+    allowed = str(reason) if reason else f"must be {known.allowed or known.description}"
+    return ParameterError(name, value, allowed + did_you_mean(value, known.choices))
+
+
+def unknown(name: str, value: Any, known: Iterable[str]) -> ParameterError:
+    """Why a name that is no parameter is refused, with the nearest one."""
+    allowed = f"must be a parameter's name{did_you_mean(name, known)}; docs/parameters.md lists them"
+    return ParameterError(name, value, allowed)
+
+
+def markdown() -> str:
+    """The table of docs/parameters.md."""
+    rows = [
+        f"| {p.name} | {'none' if p.default is None else p.default} | {p.description} | {p.allowed} |"
+        for p in PARAMETERS.values()
+    ]
+    return "\n".join(["| name | default | meaning | must be |", "|---|---|---|---|", *rows])
 
 
 def refuse_unknown(namespace: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse a name that a notebook's parameter cells assign and that is not known: ``refuse_unknown(globals(), [...])``."""
+    """Refuse a name that a notebook's parameter cells assign and that is not known."""
+    names = list(known)
     for name in _assigned(namespace.get("In", [])):
-        if name not in known:
-            allowed = f"there is no such parameter{nearest(name, known)}; see the parameter table"
-            raise ParameterError(name, namespace.get(name), allowed)
+        if name not in names:
+            raise unknown(name, namespace.get(name), names)
+
+
+def assigned(source: str) -> list[str]:
+    """Names that the top level of a cell assigns."""
+    names = []
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
 
 
 def _assigned(history: list[str]) -> list[str]:
     """Names assigned by the last parameter cell(s) in an IPython history.
 
-    Parameter cells begin with ``# Parameters``. papermill puts its own one, of just that line and assignments,
-    after the notebook's, so then the one before counts too.
+    Parameter cells begin with ``# Parameters``. papermill puts its own one, of just that line and assignments, after
+    the notebook's, so then the one before counts too.
     """
     cells = [source for source in history if source.lstrip().startswith("# Parameters")]
     injected = bool(cells) and cells[-1].lstrip().splitlines()[0].strip() == "# Parameters"
-    names: list[str] = []
-    for source in cells[-2:] if injected else cells[-1:]:
-        for node in ast.parse(source).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            names += [target.id for target in targets if isinstance(target, ast.Name)]
-    return names
+    return [name for source in (cells[-2:] if injected else cells[-1:]) for name in assigned(source)]

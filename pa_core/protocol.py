@@ -1,115 +1,76 @@
 """What each stage of a schedule trains on, and from which images its proxy step may choose.
 
-``clean``: the training part under its proxies, the same in every stage.
+``clean`` (the default): all training images, some as proxies, the same in every stage.
 
-``thesis``: what the predecessor's published code does, to see what its numbers are made of. Every stage, ``p`` included, draws a
-share (``train_fraction``) of the images and halves them, stratified, while the weights carry over: it trains on one half, and the
-accuracy on the other is what it reports. ``p`` trains for an epoch, too; at its end a fraction of the images of its training half
-that the network gets wrong, in random order, become proxies. Those lie beside their originals from then on, but only a ``p``
-stage reads them, so that the stages between train on none. ``thesis_text`` differs in the proxies alone: as the text has it,
-every stage after ``p`` trains on them in the place of their originals; the half that is reported on has originals.
+``thesis``: what the predecessor's published code does, to see what its numbers are made of. Every stage, ``p``
+included, draws a share (``train_fraction``) of the images and halves them, stratified, while the weights carry over:
+it trains on one half, and the accuracy on the other is what it reports. ``p`` trains for an epoch, too; at its end a
+fraction of the images of its training half that the network gets wrong, in random order, become proxies. Those lie
+beside their originals from then on, but only a ``p`` stage reads them, so that the stages between train on none.
+``thesis_text`` differs in the proxies alone: as the text has it, every stage after ``p`` trains on them in the place
+of their originals; the half that is reported on has originals.
 
-Here the draws are seeded, and only the training part is drawn from: test images and this package's own validation images are
-never trained on, whatever the protocol. The protocol says nothing of the learning rate, which stays at 8e-5 there: `lr` and `scheduler`
-do (params/study/c.yaml has both). What is not replayed:
+Here the draws are seeded, and only the training part is drawn from: test images and this package's own validation
+images are never trained on. The learning rate is not part of the protocol: the predecessor's stays at 8e-5, here `lr`
+and `scheduler` set it. What is not replayed:
 
-- the predecessor's wrong images are those of the forward passes during the epoch, here of one pass after it; its proxies are made of
-  their random crops, and a proxy that is wrong again is masked again, here only originals are;
-- its p stages grow with the proxies where the subset has room for them, and its numbered stages shrink by those that were drawn and
-  dropped; here every stage has as many images;
-- it crops and resizes at random, with a weight decay of 1e-5; here `augment` and `weight_decay` are what the run says.
+- the predecessor's wrong images are those of the forward passes during the epoch, here of one pass after it; its
+  proxies are made of their random crops, and a proxy that is wrong again is masked again, here only originals are;
+- its p stages grow with the proxies where the subset has room for them, and its numbered stages shrink by those that
+  were drawn and dropped; here every stage has as many images;
+- it crops and resizes at random, with a weight decay of 1e-5; here `augment` and `weight_decay` set this.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pa_core import schedule
+from pa_core import proxy, schedule
+from pa_core.batch import Pool
 from pa_core.data import Part
-from pa_core.params import Experiment, ParameterError, derived_seed
-from pa_core.proxy import Overlay
-from pa_core.train import Source
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Where the images of a stage come from.
-
-    Attributes:
-        training: an epoch draws :func:`draws` of them.
-        reported: those whose accuracy the predecessor reports; None under the clean protocol.
-        candidates: int64, the positions of the training part that the stage's proxy step may choose from; None for all.
-    """
-
-    training: Source
-    reported: Source | None = None
-    candidates: Tensor | None = None
+from pa_core.errors import ParameterError
+from pa_core.params import Experiment, derived_seed
+from pa_core.proxy import Step
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Drawn:
-    """Some images of a source, as a source: ``positions``, int64 [n] on the CPU, of ``base``."""
+class Stage:
+    """Where the images of a stage come from."""
 
-    base: Source
-    positions: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        return self.base.labels[self.positions]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.base.shape
-
-    @property
-    def resident(self) -> torch.device | None:
-        return self.base.resident
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def read(self, index: Tensor) -> Tensor:
-        return self.base.read(self.positions.to(index.device)[index])
+    training: Pool  # an epoch draws :func:`draws` of its entries
+    reported: Pool | None = None  # those whose accuracy the predecessor reports
+    candidates: Tensor | None = None  # int64, positions that its proxy step may choose from; None for all
 
 
-def stage(part: Part, experiment: Experiment, *, number: int, steps: list[Path]) -> Stage:
-    """What a stage trains on; it follows from seed, number and proxies alone, so that a resumed run finds it again.
+def stage(part: Part, experiment: Experiment, *, number: int, steps: Sequence[Step]) -> Stage:
+    """What stage ``number`` (`schedule.Event.stage`) trains on, with the maps of some proxy steps, the earliest first.
 
-    Args:
-        part: the training part.
-        number: of the stage, as `schedule.stages` counts.
-        steps: directories of the proxy steps made so far, the earliest first.
+    Seed, number and maps alone decide it, so that a resumed run gets the same.
     """
     e = experiment
     if e.protocol == "clean":
-        return Stage(training=Overlay(part, mode=e.overlay, steps=steps[-1:] if e.keep_proxies == "last" else steps))
+        return Stage(training=proxy.pool(part, e, steps))
     if e.protocol == "thesis":
-        reads_proxies = schedule.parse(e.schedule)[number] == schedule.PROXY
-        pool = validated = Overlay(part, mode="append", steps=steps if reads_proxies else [])
+        events = schedule.parse(e.schedule, p_trains=True)
+        reads_proxies = any(event.kind == schedule.PROXY and event.stage == number for event in events)
+        pool = reported_from = proxy.pool(part, e, steps if reads_proxies else [])
     else:
-        pool, validated = Overlay(part, mode="replace", steps=steps), part
+        pool, reported_from = proxy.pool(part, e, steps), Pool.of(part)
     seed = derived_seed(e.seed, "halves", number)
     training, reported = halves(pool.labels, count=_count(len(part), e), seed=seed)
     return Stage(
-        training=Drawn(base=pool, positions=training),
-        reported=Drawn(base=validated, positions=reported),
+        training=pool.take(training),
+        reported=reported_from.take(reported),
         candidates=training[training < len(part)],
     )
 
 
 def halves(labels: Tensor, *, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """``count`` positions drawn at random and halved, each class as evenly as its number allows.
-
-    Args:
-        labels: int64 [N], N >= count.
-
-    Returns:
-        int64 [count / 2 rounded up] and [count / 2 rounded down].
-    """
+    """``count`` positions of labels int64 [N], drawn at random and halved, each class as evenly as possible."""
     drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
     by_class = drawn[labels[drawn].argsort(stable=True)]
     return by_class[0::2], by_class[1::2]
@@ -123,9 +84,7 @@ def draws(n: int, experiment: Experiment) -> int:
 def check(experiment: Experiment, n: int) -> None:
     """Raises ParameterError where there is nothing to halve."""
     if experiment.protocol != "clean" and _count(n, experiment) < 2:
-        allowed = (
-            f"it draws {_count(n, experiment)} of {n} images, and there must be two to halve; allowed is a larger one"
-        )
+        allowed = f"must be larger: it draws {_count(n, experiment)} of {n} images, and there must be two to halve"
         raise ParameterError("train_fraction", experiment.train_fraction, allowed)
 
 

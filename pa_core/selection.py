@@ -1,4 +1,4 @@
-"""Scores -> which training images become proxies."""
+"""Scores -> the training images that a proxy step selects."""
 
 from __future__ import annotations
 
@@ -9,26 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pa_core.params import ParameterError, derived_seed
+from pa_core.params import derived_seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """One forward pass over the training images, in eval mode without augmentation. All [N], on the CPU.
+    """One forward pass over the training images, in eval mode without augmentation. All [N], on the CPU."""
 
-    Attributes:
-        loss: cross-entropy, nats.
-        margin: logit of the label minus the highest other logit; negative when wrong.
-        entropy: of the predicted distribution, nats.
-        predicted: int64.
-        labels: int64.
-    """
-
-    loss: Tensor
-    margin: Tensor
-    entropy: Tensor
-    predicted: Tensor
-    labels: Tensor
+    loss: Tensor  # cross-entropy, nats
+    margin: Tensor  # logit of the label minus the highest other logit; negative when wrong
+    entropy: Tensor  # of the predicted distribution, nats
+    predicted: Tensor  # int64
+    labels: Tensor  # int64
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:
@@ -52,16 +44,12 @@ def count(n: int, fraction: float) -> int:
 
 
 def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor:
-    """Positions of the selected images, the first choice first; equal scores in the order of the images.
+    """Positions of the selected images, int64 [K], the first choice first; equal scores in the order of the images.
 
     Args:
         by: ``misclassified`` (the wrong ones, highest loss first; fewer when fewer are wrong), ``loss`` (highest),
             ``margin`` (lowest), ``entropy`` (highest), ``random``, ``easiest`` (lowest loss), ``all``.
-        fraction: of the N images, (0, 1].
-        seed: of ``random``.
-
-    Returns:
-        int64 [K], K <= max(1, round(fraction * N)); N for ``all``.
+        fraction: K is at most ``max(1, round(fraction * N))``; N for ``all``.
     """
     n = len(scores.loss)
     if by == "all":
@@ -76,8 +64,6 @@ def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor
         "entropy": -scores.entropy,
         "easiest": scores.loss,
     }
-    if by not in keys:
-        raise ParameterError("select", by, f"allowed is one of {', '.join(keys)}, random, all")
     order = keys[by].argsort(stable=True)
     if by == "misclassified":
         order = order[scores.predicted[order] != scores.labels[order]]
@@ -85,14 +71,7 @@ def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor
 
 
 def some_wrong(scores: Scores, *, among: Tensor, fraction: float, seed: int) -> Tensor:
-    """The predecessor's selection: of the misclassified images a fraction, rounded up, in random order and not the worst first.
-
-    Args:
-        among: int64 [n], the positions that may be selected.
-
-    Returns:
-        int64 [K], K <= n.
-    """
+    """The predecessor's rule: a random ``fraction``, rounded up, of the misclassified images at positions int64 [n]."""
     wrong = among[scores.predicted[among] != scores.labels[among]]
     order = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(derived_seed(seed, "select")))
     return wrong[order[: math.ceil(fraction * len(wrong))]]

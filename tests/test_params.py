@@ -1,10 +1,19 @@
-"""Parameters: coercion, refusal in one sentence, identity; schedules."""
+"""Parameters: one form, refusal in one sentence, and an identity that counts what has an effect."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import shlex
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from pa_core import schedule
-from pa_core.params import Experiment, ParameterError, derived_seed, home, runs_home
+from pa_core import params
+from pa_core.errors import ParameterError
+from pa_core.params import PARAMETERS, Experiment, check, derived_seed
 
 
 @pytest.mark.parametrize(
@@ -12,84 +21,187 @@ from pa_core.params import Experiment, ParameterError, derived_seed, home, runs_
     [
         (dict(schedule=18), "18"),  # papermill: -p schedule 18
         (dict(schedule=18.0), "18"),
-        (dict(schedule=" 5, P ,5"), "5,p,5"),
+        (dict(schedule=" 5, P ,x.5,5"), "5,p,x0.5,5"),
         (dict(pretrained="true"), True),  # papermill: -p pretrained true
         (dict(pretrained="False"), False),
-        (dict(pretrained="some/where.pth"), "some/where.pth"),
+        (dict(pretrained="some/where.PTH"), "some/where.PTH"),
         (dict(lr="1e-3"), 0.001),  # YAML 1.1 reads 1e-3 as text
         (dict(threshold=1), 1.0),
-        (dict(batch_size="auto"), "auto"),
+        (dict(batch_size="Auto"), "auto"),
         (dict(batch_size="32"), 32),
+        (dict(batch_size=32.0), 32),
         (dict(data_dir=101), "101"),  # a folder with a number for a name
         (dict(data_dir="None"), None),
+        (dict(image_size="none"), None),
         (dict(fill=None), "none"),  # papermill: -p fill None
+        (dict(fill=" Blur"), "blur"),
+        (dict(xai="GradCAM"), "gradcam"),
         (dict(augment="crop, flip"), "flip,crop"),
         (dict(augment=["rotate"]), "rotate"),
+        (dict(augment=[]), "none"),
         (dict(seed=np.int64(3)), 3),  # a DataFrame's number
-        (dict(device="cuda:1"), "cuda:1"),
+        (dict(seed=3.0), 3),
         (dict(seed=2**60 + 1), 2**60 + 1),  # not through a float
+        (dict(permute_maps=np.True_), True),
+        (dict(permute_maps="true"), True),
+        (dict(device="cuda:1"), "cuda:1"),
     ],
+    ids=str,
 )
 def test_values_are_kept_in_one_form(given, kept):
-    (name,) = given
-    value = getattr(Experiment(**given), name)
-    assert value == kept and type(value) is type(kept)
+    ((name, value),) = given.items()
+    for made in (getattr(Experiment(**given), name), check(name, value)):
+        assert made == kept and type(made) is type(kept)
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        (dict(schedule="5,,p"), ["schedule", "5,,p", "token 2", "5,»«,p"]),
-        (dict(schedule="p,p"), ["schedule", "token 2"]),
-        (dict(schedule="-1"), ["schedule", "token 1", "»-1«"]),
-        (dict(schedule=""), ["schedule", "empty"]),
-        (dict(schedule="5,q,5"), ["token 2", "»q«"]),
-        (dict(schedule="5,p"), ["token 2", "not be trained on"]),
-        (dict(schedule="0"), ["token 1"]),
-        (dict(schedule="²"), ["token 1"]),
-        (dict(schedule="p,5"), ["schedule", "pretrained"]),
-        (dict(schedule=["5", "p", "5"]), ["schedule", "quote"]),
-        (dict(threshold=1.5), ["threshold", "1.5", "0 to 1"]),
-        (dict(threshold=float("nan")), ["threshold"]),
-        (dict(fraction=0), ["fraction", "0", "above 0"]),
-        (dict(image_size=4), ["image_size", "4", "16"]),
-        (dict(batch_size=0), ["batch_size", "0", "at least 1", "auto"]),
-        (dict(batch_size=True), ["batch_size"]),
-        (dict(select="los"), ["select", "los", "did you mean 'loss'"]),
-        (dict(fill="men"), ["fill", "men", "did you mean 'mean'"]),
-        (dict(max_share=1.2), ["max_share", "1.2", "above 0 and up to 1"]),
-        (dict(feather=True), ["feather", "whole number"]),
-        (dict(protocol="theses"), ["protocol", "clean, thesis, thesis_text"]),
-        (dict(augment="flip,cutmx"), ["augment", "cutmx", "did you mean 'cutmix'"]),
-        (dict(store="disk"), ["store", "disk", "auto, device, mapped"]),
-        (dict(augment="flip,flip"), ["augment", "twice"]),
-        (dict(pretrained="maybe"), ["pretrained", "maybe", "weights file"]),
-        (dict(fold=5), ["fold", "5", "0 to 4"]),
-        (dict(seed=-1), ["seed", "-1"]),
-        (dict(seed=1.5), ["seed", "1.5"]),
-        (dict(lr=0), ["lr", "above 0"]),
-        (dict(label_smoothing=1), ["label_smoothing"]),
-        (dict(device="gpu"), ["device", "gpu", "cuda"]),
-    ],
-)
-def test_bad_values_are_refused_in_one_sentence(given, words):
+ONE_OF = "must be one of "
+BAD = [
+    ("dataset", " ", "text that is not empty"),
+    ("data_dir", "", "text that is not empty"),
+    ("bad_images", "skp", ONE_OF + "refuse, skip (did you mean 'skip'?)"),
+    ("image_size", 4, "a whole number of at least 16, at most 4096, or none"),
+    ("image_size", float("nan"), "a whole number"),
+    ("train_fraction", 0, "a number above 0, at most 1"),
+    ("folds", 1, "a whole number of at least 2, at most 1000"),
+    ("fold", 5, "must be 0 to 4 for folds=5"),
+    ("model", True, "text"),
+    ("pretrained", "maybe", "true, false, or a weights file"),
+    ("xai", None, "text"),
+    ("xai_target", "lable", ONE_OF + "predicted, label (did you mean 'label'?)"),
+    ("cam_layer", True, "text"),
+    ("smooth", "eigne", "did you mean 'eigen'"),
+    ("permute_maps", "maybe", "true or false"),
+    ("permute_maps", 2, "true or false"),
+    ("permute_maps", None, "true or false"),
+    ("schedule", "5,,p", "token 2 of 5,[],p"),
+    ("schedule", None, "must not be empty"),
+    ("schedule", -1, "token 1 of [-1]"),
+    ("schedule", ["5", "p", "5"], "quote it"),
+    ("schedule", "p,5", "must begin with epochs, or have pretrained weights"),
+    ("schedule", "x0.3,p,5", "must begin with epochs, or have pretrained weights"),
+    ("select", "los", "did you mean 'loss'"),
+    ("select", 5, ONE_OF + "misclassified, loss"),
+    ("fraction", 0, "a number above 0, at most 1"),
+    ("keep_proxies", "non", ONE_OF + "last, all"),
+    ("mask_region", "salent", "did you mean 'salient'"),
+    ("threshold_mode", "deviation", ONE_OF + "absolute, quantile, deviations (did you mean 'deviations'?)"),
+    ("threshold", 1.5, "from 0 to 1 with threshold_mode='quantile'"),
+    ("threshold", 11, "a number of at least 0, at most 10"),
+    ("threshold", float("nan"), "a number"),
+    ("max_share", 1.2, "a number above 0, at most 1"),
+    ("fill", "men", "did you mean 'mean'"),
+    ("weight", -0.1, "a number of at least 0, at most 1"),
+    ("feather", 1.5, "a whole number of at least 0, at most 4096"),
+    ("feather", True, "a whole number"),
+    ("overlay", "apend", ONE_OF + "replace, append, withhold (did you mean 'append'?)"),
+    ("copies", 0, "a whole number of at least 1"),
+    ("copies", 1.5, "a whole number of at least 1"),
+    ("proxy_probability", 1.1, "a number of at least 0, at most 1"),
+    ("proxy_probability", "often", "a number"),
+    ("protocol", "theses", ONE_OF + "clean, thesis, thesis_text (did you mean 'thesis'?)"),
+    ("augment", "flip,cutmx", "did you mean 'cutmix'"),
+    ("augment", "flip,flip", "none, or any of flip, rotate"),
+    ("augment", "", "none, or any of"),
+    ("erase_region", "atended", ONE_OF + "anywhere, attended, spared (did you mean 'attended'?)"),
+    ("erase_region", "attended", "must be anywhere, or have maps: augment with erase and a schedule with p"),
+    ("erase_probability", -1, "a number of at least 0, at most 1"),
+    ("mix_labels", "map", ONE_OF + "area, attention"),
+    ("mix_labels", "attention", "must be area, or have maps: augment with cutmix and a schedule with p"),
+    ("mix_probability", 2, "a number of at least 0, at most 1"),
+    ("cutmix_alpha", 0, "a number above 0, at most 1000"),
+    ("optimizer", "adam", "did you mean 'adamw'"),
+    ("lr", 0, "a number above 0"),
+    ("lr", "inf", "a number above 0"),
+    ("weight_decay", -1, "a number of at least 0"),
+    ("scheduler", "cosin", "did you mean 'cosine'"),
+    ("label_smoothing", 1, "a number of at least 0, below 1"),
+    ("batch_size", 0, "a whole number of at least 1, or auto"),
+    ("batch_size", True, "a whole number of at least 1, or auto"),
+    ("precision", "fp23", "did you mean 'fp32'"),
+    ("tf32", "on and off", "true or false"),
+    ("deterministic", 2, "true or false"),
+    ("device", "gpu", "auto, cpu, cuda, cuda:N or mps"),
+    ("device", "cuda:x", "auto, cpu, cuda, cuda:N or mps"),
+    ("compile", "maybe", "true or false"),
+    ("seed", -1, "a whole number of at least 0"),
+    ("seed", 1.5, "a whole number of at least 0"),
+    ("seed", 2**63, "below 9223372036854775808"),
+    ("runs_dir", "", "text that is not empty"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), BAD, ids=str)
+def test_bad_values_are_refused_in_one_sentence(name, value, words):
     with pytest.raises(ParameterError) as caught:
-        Experiment(**given)
-    message = str(caught.value)
-    assert all(word in message for word in words), message
-    assert "\n" not in message and len(message) < 400
+        Experiment(**{name: value})
+    error, message = caught.value, str(caught.value)
+    assert (
+        error.name == name and re.match(rf"invalid {name}=.+: (token . of .+ )?must ", message) and words in message
+    ), message
+    assert "\n" not in message and ". " not in message and len(message) < 300
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.name, again.allowed) == (message, error.name, error.allowed)
 
 
-def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ParameterError, match="treshold.*did you mean 'threshold'"):
+def test_every_parameter_has_a_bad_value_and_a_default_that_is_allowed():
+    assert {name for name, _, _ in BAD} == set(PARAMETERS) == set(Experiment().to_dict())
+    assert all(check(name, p.default) == p.default and p.description for name, p in PARAMETERS.items())
+
+
+def test_what_is_refused_together_is_allowed_in_its_place():
+    for values in (
+        dict(erase_region="spared", augment="erase"),
+        dict(mix_labels="attention", augment="flip,cutmix"),
+        dict(threshold=2, threshold_mode="deviations"),
+        dict(schedule="p,5", pretrained=True),
+        dict(schedule="p,5", protocol="thesis"),  # there p trains first
+        dict(fold=9, folds=10),
+    ):
+        Experiment(**values)
+    for name, values in {
+        "erase_region": dict(erase_region="spared", augment="erase", schedule="5"),
+        "mix_labels": dict(mix_labels="attention", augment="cutmix", schedule="5"),
+        "schedule": dict(protocol="thesis", schedule="5,x0.3"),
+    }.items():
+        with pytest.raises(ParameterError, match=f"invalid {name}="):
+            Experiment(**values)
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(ParameterError, match=r"treshold=0.9: .*\(did you mean 'threshold'\?\)"):
         Experiment.from_mapping({"treshold": 0.9})
+    with pytest.raises(ParameterError, match="did you mean 'overlay'"):
+        check("overlai", "append")
+    for gone in ("store", "rerun", "until_step"):
+        with pytest.raises(ParameterError, match="must be a parameter's name"):
+            Experiment(**{gone: None})
 
 
-def test_yaml(tmp_path):
+def test_yaml_and_dataframes(tmp_path):
     file = tmp_path / "x.yaml"
-    file.write_text("lr: 1e-3\nschedule: 5,p,5\nxai: gradcam++\nfill: none\n")
+    file.write_text("lr: 1e-3\nschedule: 5,p,5\nxai: gradcam++\nfill: none\npermute_maps: yes\ndata_dir: null\n")
     e = Experiment.from_yaml(file)
-    assert (e.lr, e.schedule, e.xai, e.fill) == (0.001, "5,p,5", "gradcam++", "none")
+    assert (e.lr, e.schedule, e.xai, e.fill, e.permute_maps) == (0.001, "5,p,5", "gradcam++", "none", True)
+    table = pd.DataFrame([Experiment(seed=seed, data_dir=None).to_dict() for seed in range(2)])
+    assert Experiment.from_mapping(table.iloc[1].to_dict()) == Experiment(seed=1)
+
+
+def test_experiments_are_frozen_copies_are_checked_and_commands_can_be_run():
+    given = {"data_dir": "a b", "permute_maps": True}
+    e = Experiment(**given, seed=3)
+    with pytest.raises(Exception, match="frozen"):
+        e.seed = 4
+    assert (
+        e.replace(seed=4) == Experiment(data_dir="a b", seed=4, permute_maps=True) == copy.deepcopy(e.replace(seed=4))
+    )
+    with pytest.raises(ParameterError, match="weight"):
+        e.replace(weight=2)
+    words = shlex.split(e.command("03_proxy_loop"))
+    assert words[:3] == ["papermill", "notebooks/03_proxy_loop.ipynb", "03_proxy_loop.out.ipynb"]
+    assert Experiment(**dict(zip(words[4::3], words[5::3], strict=True))) == e
+
+
+# Notebooks
 
 
 def notebook(*cells, **variables):
@@ -100,75 +212,119 @@ def notebook(*cells, **variables):
     return namespace | variables | {"In": ["", *cells, "Experiment.from_notebook(globals())"]}
 
 
-OURS = "# Parameters of the experiment; see the table\nschedule = '5,p,5'\nxai = 'gradcam'\nfigures_dir = 'figures/quick'\n"
+OURS = "# Parameters of the experiment; see the table\nschedule = '5,p,5'\nxai: str = 'gradcam'\nfigures_dir = 'x'\n"
 
 
-def test_notebook_takes_papermills_values():
-    e = Experiment.from_notebook(notebook(OURS, "# Parameters\nxai = 'saliency'\n"), also=["figures_dir"])
-    assert (e.schedule, e.xai) == ("5,p,5", "saliency")
-
-
-def test_notebook_refuses_what_papermill_only_warns_about():
-    with pytest.raises(ParameterError, match="treshold.*did you mean 'threshold'"):
-        Experiment.from_notebook(notebook(OURS, "# Parameters\ntreshold = 0.9\n"), also=["figures_dir"])
-
-
-def test_notebook_accepts_a_parameter_that_its_cell_does_not_list():
-    e = Experiment.from_notebook(notebook(OURS, "# Parameters\nweight = 0.5\n"), also=["figures_dir"])
-    assert e.weight == 0.5
-
-
-def test_notebook_forgets_a_mistake_that_was_corrected():
-    cells = [OURS + "treshold = 0.9\n", OURS]
-    namespace = notebook(*cells, other="a variable of the user's own")
-    assert Experiment.from_notebook(namespace, also=["figures_dir"]).xai == "gradcam"
+def test_notebooks():
+    injected = notebook(OURS, "# Parameters\nxai = 'saliency'\nweight = 0.5\n")  # our cell does not list weight
+    e = Experiment.from_notebook(injected, also=["figures_dir"])
+    assert (e.schedule, e.xai, e.weight) == ("5,p,5", "saliency", 0.5)
+    mistaken = "# Parameters\ntreshold = 0.9\n"  # papermill only warns about it
+    with pytest.raises(ParameterError, match="treshold=0.9.*did you mean 'threshold'"):
+        Experiment.from_notebook(notebook(OURS, mistaken), also=["figures_dir"])
+    with pytest.raises(ParameterError, match="figures_dir"):
+        Experiment.from_notebook(notebook(OURS))
+    corrected = notebook(OURS + "treshold = 0.9\n", OURS, other="a variable of the user's own")
+    assert Experiment.from_notebook(corrected, also=["figures_dir"]).xai == "gradcam"
     with pytest.raises(ParameterError, match="treshold"):
-        Experiment.from_notebook(notebook(cells[0]), also=["figures_dir"])
+        params.refuse_unknown(notebook(OURS + "treshold = 0.9\n"), [*PARAMETERS, "figures_dir"])
 
 
-def test_identity_counts_what_has_an_effect():
-    plain = Experiment(schedule="18")
-    digest = plain.digest(data="d", image_size=28)
-    assert (
-        Experiment(schedule="18", xai="random", threshold=0.1).digest(data="d", image_size=28) == digest
-    )  # no proxy step
-    assert Experiment(schedule="18", device="cpu", runs_dir="x", data_dir="y").digest(data="d", image_size=28) == digest
-    assert Experiment(schedule="18", seed=1).digest(data="d", image_size=28) != digest
-    assert plain.digest(data="other", image_size=28) != digest
-    assert Experiment(xai="random").digest(data="d", image_size=28) != Experiment().digest(data="d", image_size=28)
+# Identity
+
+NOT_CLEAN, NO_STEP, ERASE, CUTMIX = (
+    {"protocol": "thesis"},
+    {"schedule": "9"},
+    {"augment": "erase"},
+    {"augment": "cutmix"},
+)
+ALONE, TWO, APPEND = {"fill": "none"}, {"schedule": "5,p,5,p,5"}, {"overlay": "append"}
+WITHHOLD, GUIDED = {"overlay": "withhold"}, {"mix_labels": "attention", **CUTMIX}
+ALWAYS = dict(
+    dataset="folder", folds=10, fold=1, model="resnet18", pretrained=True, schedule="9,p,1", augment="none",
+    optimizer="sgd", lr=0.1, weight_decay=0, scheduler="cosine", label_smoothing=0.1, batch_size=32, precision="fp32",
+    tf32=True, deterministic=True, compile=True, seed=1,
+)  # fmt: skip
+RULES = [
+    # name, another value, with what it has an effect, with what it has none
+    ("xai", "random", [{}, GUIDED | ALONE, GUIDED | WITHHOLD], [NO_STEP, ALONE, WITHHOLD]),
+    ("xai_target", "label", [{}], [NO_STEP, ALONE, WITHHOLD, GUIDED]),
+    ("cam_layer", "layer3", [{}], [NO_STEP, ALONE, WITHHOLD]),
+    ("smooth", "flip", [{}], [NO_STEP, ALONE, WITHHOLD]),
+    ("permute_maps", True, [{}, GUIDED | ALONE], [NO_STEP, ALONE, WITHHOLD]),
+    ("select", "random", [{}, ALONE, WITHHOLD], [NO_STEP, NOT_CLEAN]),
+    ("fraction", 0.5, [{}, NOT_CLEAN | {"select": "all"}], [NO_STEP, {"select": "all"}]),
+    ("keep_proxies", "all", [TWO, TWO | WITHHOLD], [NO_STEP, {}, TWO | NOT_CLEAN]),
+    ("mask_region", "rest", [{}], [NO_STEP, ALONE, WITHHOLD]),
+    ("threshold_mode", "absolute", [{}], [NO_STEP, ALONE, WITHHOLD]),
+    ("threshold", 0.5, [{}], [NO_STEP, ALONE, WITHHOLD, WITHHOLD | GUIDED]),
+    ("max_share", 0.5, [{}], [NO_STEP, ALONE, WITHHOLD]),
+    ("fill", "zero", [{}, WITHHOLD | NOT_CLEAN], [NO_STEP, WITHHOLD]),
+    ("weight", 0.5, [{}, WITHHOLD | NOT_CLEAN], [NO_STEP, ALONE, WITHHOLD]),
+    ("feather", 2, [{}], [NO_STEP, ALONE, WITHHOLD]),
+    ("overlay", "append", [{}, ALONE], [NO_STEP, NOT_CLEAN]),
+    ("copies", 2, [APPEND, APPEND | ALONE], [NO_STEP | APPEND, {}, WITHHOLD, APPEND | NOT_CLEAN]),
+    ("proxy_probability", 0.5, [{}], [NO_STEP, ALONE, WITHHOLD]),
+    ("erase_region", "spared", [ERASE], []),  # refused where it has none
+    ("mix_labels", "attention", [CUTMIX], []),
+    ("erase_probability", 0.1, [ERASE, ERASE | NO_STEP], [{}, CUTMIX]),
+    ("mix_probability", 0.1, [CUTMIX, {"augment": "mixup"}], [{}, ERASE]),
+    ("cutmix_alpha", 0.3, [CUTMIX], [{}, {"augment": "mixup"}]),
+    *[(name, "x", [], [{}, NO_STEP]) for name in ("runs_dir", "data_dir")],
+    ("device", "cpu", [], [{}, NO_STEP]),
+    ("bad_images", "skip", [], [{}]),  # what was skipped is in the data digest
+    ("image_size", 32, [], [{}]),  # as it was resolved it enters beside it
+    ("train_fraction", 0.5, [{}, NOT_CLEAN], []),
+    ("protocol", "thesis", [{}, NO_STEP], []),
+    *[(name, value, [{}], []) for name, value in ALWAYS.items()],
+]
+
+
+def identity(**values):
+    return Experiment(**values).digest(data="d", image_size=28)
+
+
+@pytest.mark.parametrize(("name", "value", "counts", "without"), RULES, ids=[rule[0] for rule in RULES])
+def test_identity_counts_what_has_an_effect(name, value, counts, without):
+    for others in counts:
+        assert identity(**others) != identity(**others | {name: value}), others
+    for others in without:
+        assert identity(**others) == identity(**others | {name: value}), others
+
+
+def test_the_rules_are_complete():
+    assert {name for name, *_ in RULES} == set(PARAMETERS)
+    without_step = {name for name, _, _, without in RULES if without and "schedule" in without[0]}
+    assert without_step == params.PROXY_PARAMETERS
+
+
+def test_identity_counts_content():
+    assert identity() != Experiment().digest(data="other", image_size=28)
+    assert identity() != Experiment().digest(data="d", image_size=32)
     weights = Experiment(pretrained="a.pth").digest(data="d", image_size=28, weights="1")
     assert weights == Experiment(pretrained="b.pth").digest(data="d", image_size=28, weights="1")
     assert weights != Experiment(pretrained="a.pth").digest(data="d", image_size=28, weights="2")
-    assert weights != Experiment().digest(data="d", image_size=28)
+    assert weights != identity()
 
 
-def test_the_identity_of_the_defaults_is_stable():
+def test_the_identity_of_the_defaults_is_stable(monkeypatch):
     """A change here makes every run on disk a stranger: raise SCHEMA only on purpose."""
     assert Experiment().effective() == {}
-    assert Experiment().digest(data="d", image_size=28)[:12] == "fa35c238bea5"
+    assert params.SCHEMA == 2 and identity()[:12] == "2e3fb700efbf"
+    assert identity(threshold=0.5, seed=3)[:12] == "9065c547ba4c"
+    monkeypatch.setattr(params, "SCHEMA", 3)
+    assert identity()[:12] != "2e3fb700efbf"
 
 
-def test_plain_run_of_equal_length():
-    assert Experiment(schedule="5,p,9,p,4", xai="random").plain().schedule == "18"
-
-
-def test_schedule_parts():
-    assert schedule.parse("5,p,9,p,4") == ("5", "p", "9", "p", "4")
-    assert schedule.epochs("5,p,9,p,4") == 18
-    assert schedule.steps("5,p,9,p,4") == 2
-    assert schedule.stages("2,p,1,3") == ((0, False), (0, False), (1, True), (2, False), (2, False), (2, False))
+def test_the_plain_run_of_equal_length():
+    guided = Experiment(
+        schedule="5,p,9,p,x0.3,4", augment="erase,cutmix", erase_region="spared", mix_labels="attention"
+    )
+    assert guided.plain() == guided.replace(schedule="18", erase_region="anywhere", mix_labels="area")
+    assert Experiment(protocol="thesis", schedule="9,p,8").plain().schedule == "18"  # there p trains
 
 
 def test_derived_seeds_are_fixed_and_distinct():
-    assert derived_seed(0, "order", 1) == derived_seed(0, "order", 1)
+    assert derived_seed(0, "order", 1) == 8677279991123922410
     seeds = {derived_seed(s, name, k) for s in range(3) for name in ("order", "augment") for k in range(50)}
     assert len(seeds) == 300 and all(0 <= s < 2**63 for s in seeds)
-
-
-def test_places(monkeypatch, tmp_path):
-    monkeypatch.delenv("PA_RUNS", raising=False)
-    monkeypatch.chdir(tmp_path)
-    assert runs_home() == home() / "runs"  # whatever the working directory
-    assert runs_home("mine") == tmp_path / "mine"
-    monkeypatch.setenv("PA_RUNS", str(tmp_path / "elsewhere"))
-    assert runs_home() == tmp_path / "elsewhere"

@@ -1,19 +1,20 @@
-"""The predecessor's protocol, replayed: what its stages train on and report, and that the clean one knows nothing of it."""
+"""The predecessor's protocol, replayed: what its stages train on and report; the clean one knows nothing of it."""
 
 from __future__ import annotations
-
-import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pa_core import experiment, protocol, results, runs, schedule, selection, train
+from pa_core import batch, experiment, protocol, proxy, runs, train
+from pa_core.augment import generators
+from pa_core.errors import ParameterError
 from pa_core.params import Experiment
+from pa_core.proxy import Step
 
 QUIET = {"log": lambda _text: None}
+THESIS = {"protocol": "thesis", "train_fraction": 0.75, "schedule": "1,p,1,p,1", "batch_size": 16, "fraction": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +33,8 @@ def images(tmp_path_factory):
 def thesis(images, tmp_path, monkeypatch):
     """An experiment in which each stage draws 96 of the 128 images and trains on 48."""
     monkeypatch.setenv("PA_DATA", str(tmp_path / "data"))
-
-    def make(**changes):
-        settings = {
-            "protocol": "thesis",
-            "train_fraction": 0.75,
-            "schedule": "1,p,1,p,1",
-            "batch_size": 16,
-            "fraction": 0.5,
-        }
-        settings |= {
-            "dataset": "folder",
-            "data_dir": str(images),
-            "scheduler": "constant",
-            "runs_dir": str(tmp_path / "runs"),
-        }
-        return Experiment(**(settings | changes))
-
-    return make
+    places = {"dataset": "folder", "data_dir": str(images), "runs_dir": str(tmp_path / "runs"), "device": "cpu"}
+    return Experiment(**THESIS, **places, scheduler="constant")
 
 
 @pytest.fixture(scope="module")
@@ -59,131 +44,107 @@ def part():
 
 @pytest.fixture
 def watched(monkeypatch):
-    """For each epoch the source that it drew from, and how many images."""
+    """For each epoch the pool that it drew from, and how many entries."""
     seen, real = [], train.train_one_epoch
 
-    def spying(state, source, **keywords):
-        seen.append((source, keywords["draws"]))
-        return real(state, source, **keywords)
+    def spying(state, pool, **keywords):
+        seen.append((pool, keywords["draws"]))
+        return real(state, pool, **keywords)
 
     monkeypatch.setattr(train, "train_one_epoch", spying)
     return seen
 
 
-def test_p_is_an_epoch_of_its_own_there():
-    assert schedule.stages("2,p,1,p,1", p_trains=True) == (
-        (0, False),
-        (0, False),
-        (1, False),
-        (2, True),
-        (3, False),
-        (4, True),
-    )
-    for text in ("18", "9,p,8", "3,p,4,p,4,p,4"):
-        assert schedule.epochs(text, p_trains=True) == len(schedule.stages(text, p_trains=True)) == 18
-        e = Experiment(protocol="thesis", schedule=text)
-        assert e.length == 18 and e.plain().schedule == "18"
-    assert Experiment(schedule="9,p,8").plain().schedule == "17"
+def some(*positions):
+    return Step(positions=torch.tensor(positions), maps=torch.rand(len(positions), 2, 2).half())
 
 
 def test_halves_are_of_equal_size_disjoint_and_stratified():
     labels = torch.arange(10).repeat_interleave(torch.arange(10, 20))
     one, other = protocol.halves(labels, count=101, seed=3)
-    assert (len(one), len(other)) == (51, 50)
-    assert not set(one.tolist()) & set(other.tolist())
+    assert (len(one), len(other)) == (51, 50) and not set(one.tolist()) & set(other.tolist())
     assert ((torch.bincount(labels[one]) - torch.bincount(labels[other])).abs() <= 1).all()
-    again, _ = protocol.halves(labels, count=101, seed=3)
-    assert torch.equal(one, again)
-    assert not torch.equal(one.sort().values, protocol.halves(labels, count=101, seed=4)[0].sort().values)
+    assert torch.equal(one, protocol.halves(labels, count=101, seed=3)[0])
+    assert set(one.tolist()) != set(protocol.halves(labels, count=101, seed=4)[0].tolist())
 
 
 def test_every_stage_draws_anew_and_most_of_what_is_reported_on_was_trained_on(part):
     e = Experiment(protocol="thesis", schedule="3,p,4,p,4,p,4")
-    stages = [protocol.stage(part, e, number=number, steps=[]) for number in range(7)]
-    trained = set()
-    for stage in stages[:-1]:
-        trained |= set(stage.training.positions.tolist())
-    last = stages[-1]
-    assert not set(last.training.positions.tolist()) & set(last.reported.positions.tolist())
-    known = np.mean([i in trained for i in last.reported.positions.tolist()])
+    *earlier, last = [protocol.stage(part, e, number=number, steps=[]) for number in range(7)]
+    trained = {i for stage in earlier for i in stage.training.origin.tolist()}
+    reported = last.reported.origin.tolist()
+    assert not set(last.training.origin.tolist()) & set(reported)
+    known = np.mean([i in trained for i in reported])
     assert known == pytest.approx(1 - 0.5**6, abs=0.01)  # six earlier stages had each image with probability one half
 
 
-def test_the_thesis_protocol_from_end_to_end(thesis, watched):
-    run = experiment.run(thesis(), **QUIET)
-    sources = [source for source, _ in watched]
-    assert [draws for _, draws in watched] == [48] * 5  # the same in every stage, however many proxies there are
-    assert len({tuple(source.positions.tolist()) for source in sources}) == 5
-    n = 128
-    assert [int((source.positions >= n).sum()) for source in sources[:3] + sources[4:]] == [
-        0,
-        0,
-        0,
-        0,
-    ]  # numbered stages, first p
-    assert len(sources[3].base) == n + len(run.proxies(1))  # the second p could draw the proxies of the first
-    for step, source in ((1, sources[1]), (2, sources[3])):
-        chosen = np.load(run.path / "proxies" / f"step_{step}" / "positions.npy")
-        assert len(chosen) and set(chosen.tolist()) <= set(source.positions.tolist())  # of its own training half
-        rows = run.proxies(step)
-        assert (rows["label"] != rows["predicted"]).all()
-    summary, rows = run.summary, run.metrics
-    assert list(rows["stage"]) == [0, 1, 2, 3, 4]
-    assert summary["reported_accuracy"] == rows["reported_accuracy"].iloc[-1]
-    assert summary["n_train"] == n and summary["n_test"] == 40 and summary["n_val"] == 32
-    assert run.manifest["status"] == runs.FINISHED
-
-
-def test_test_and_validation_images_are_never_drawn(part):
+def test_only_the_training_part_is_drawn_from(part):
     dataset = experiment.load_data(Experiment())
     assert part.ids == dataset.train.ids  # train_fraction is what a stage draws, not what there is
-    others = set(dataset.val.ids) | set(dataset.test.ids)
     for name in ("thesis", "thesis_text"):
-        e = Experiment(protocol=name, schedule="1,p,1")
+        e = Experiment(protocol=name, schedule="1,p,1", train_fraction=0.5)
         for number in range(3):
-            stage = protocol.stage(part, e, number=number, steps=[])
-            drawn = torch.cat([stage.training.positions, stage.reported.positions])
-            assert not others & {part.ids[i] for i in drawn.tolist()}
+            stage = protocol.stage(part, e, number=number, steps=[some(1, 2)])
+            assert stage.training.part is part and stage.reported.part is part
+            assert len(stage.training) == 800 == protocol.draws(len(part), e) and len(stage.reported) == 800
 
 
-def test_as_the_text_has_it_later_stages_train_on_proxies_and_report_on_originals(thesis, watched):
-    e = thesis(protocol="thesis_text", schedule="1,p,1", train_fraction=1.0, fill="zero")
-    run = experiment.run(e, **QUIET)
-    chosen = np.load(run.path / "proxies" / "step_1" / "positions.npy")
-    images = np.load(run.path / "proxies" / "step_1" / "images.npy")
-    last = watched[-1][0]
-    at = [i for i, position in enumerate(last.positions.tolist()) if position in set(chosen.tolist())]
-    assert at, "about half of the proxies are in the last training half"
-    kept = dict(zip(chosen.tolist(), images, strict=True))
-    for i, image in zip(at, last.read(torch.tensor(at)), strict=True):
-        assert np.array_equal(image.numpy(), kept[int(last.positions[i])])
-    folders = [run.path / "proxies" / "step_1"]
-    dataset = experiment.load_data(e)
-    reported = protocol.stage(dataset.train, e, number=2, steps=folders).reported
-    among = torch.arange(len(reported))
-    assert torch.equal(reported.read(among), dataset.train.read(reported.positions))
+def test_as_coded_only_a_p_stage_reads_proxies_and_they_lie_beside_their_originals(part):
+    e, n = Experiment(protocol="thesis", schedule="1,p,1,p,1"), len(part)
+    stages = [protocol.stage(part, e, number=number, steps=[some(*range(1000))]) for number in range(5)]
+    counts = [int(stage.training.proxied.sum() + stage.reported.proxied.sum()) for stage in stages]
+    assert [count > 0 for count in counts] == [False, True, False, True, False]
+    for stage in stages:
+        assert torch.equal(stage.candidates, stage.training.origin[~stage.training.proxied])  # never a proxy again
+        assert len(stage.training) == n // 2
+    assert 0.7 < counts[1] / (1000 * n / (n + 1000)) < 1.3  # drawn like any other entry
 
 
-def test_wrong_images_are_taken_in_random_order_and_not_the_worst_first():
-    n = 200
-    scores = selection.Scores(
-        loss=torch.arange(n).float(), margin=torch.zeros(n), entropy=torch.zeros(n),
-        predicted=torch.arange(n) % 2, labels=torch.zeros(n, dtype=torch.long),
-    )  # fmt: skip
-    among = torch.arange(0, 150)
-    chosen = selection.some_wrong(scores, among=among, fraction=0.5, seed=0)
-    assert len(chosen) == 38  # half of the 75 odd ones, rounded up
-    assert (chosen % 2 == 1).all() and chosen.max() < 150 and len(set(chosen.tolist())) == 38
-    worst = torch.arange(149, 149 - 2 * 38, -2)
-    assert set(chosen.tolist()) != set(worst.tolist())
-    assert set(chosen.tolist()) != set(range(1, 2 * 38, 2))  # nor the first ones
-    assert torch.equal(chosen, selection.some_wrong(scores, among=among, fraction=0.5, seed=0))
-    assert len(selection.some_wrong(scores, among=torch.arange(0, 150, 2), fraction=0.5, seed=0)) == 0
+def test_as_the_text_has_it_every_later_stage_trains_on_proxies_and_reports_on_originals(part):
+    e = Experiment(protocol="thesis_text", schedule="1,p,1,2")
+    stage = protocol.stage(part, e, number=2, steps=[some(*range(500))])
+    assert torch.equal(stage.training.proxied, stage.training.origin < 500) and stage.training.proxied.any()
+    assert not stage.reported.proxied.any() and (stage.reported.origin < 500).any()
+    assert torch.equal(stage.candidates, stage.training.origin)
+
+
+def test_the_clean_protocol_has_nothing_of_it(part):
+    stage = protocol.stage(part, Experiment(), number=1, steps=[some(3)])
+    assert stage.reported is None and stage.candidates is None and len(stage.training) == len(part)
+    assert torch.nonzero(stage.training.proxied).flatten().tolist() == [3]
+    protocol.check(Experiment(train_fraction=1e-4), len(part))
+    with pytest.raises(ParameterError, match="train_fraction=0.0001: .*0 of 3200 images.*two to halve"):
+        protocol.check(Experiment(train_fraction=1e-4, protocol="thesis"), len(part))
+
+
+def test_batches_without_a_proxy_are_evaluated_as_they_are(part):
+    e = Experiment(protocol="thesis", feather=2, fill="noise", threshold_mode="deviations")
+    images, pool = part.read(torch.arange(4)), proxy.pool(part, e, [some(6, 7)])
+    found = batch.unaugmented(images, pool=pool, index=torch.arange(4), experiment=e, draws=generators(0, 0))
+    assert torch.equal(found, batch.to_pixels(images))
+
+
+def test_the_thesis_protocol_from_end_to_end(thesis, watched):
+    run = experiment.run(thesis, **QUIET)
+    pools = [pool for pool, _ in watched]
+    assert [draws for _, draws in watched] == [48] * 5  # the same in every stage, however many proxies there are
+    assert len({tuple(pool.origin.tolist()) for pool in pools}) == 5
+    assert [bool(pool.proxied.any()) for pool in pools[:3] + pools[4:]] == [False] * 4  # numbered stages, the first p
+    assert len(pools[3].maps) == len(run.proxies(1)) > 0  # the second p could draw the proxies of the first
+    for number, pool in ((1, pools[1]), (2, pools[3])):
+        chosen, rows = np.load(run.step(number) / "positions.npy"), run.proxies(number)
+        assert len(chosen) and set(chosen.tolist()) <= set(pool.origin.tolist())  # of its own training half
+        assert (rows["label"] != rows["predicted"]).all()
+    summary, metrics = run.summary, run.metrics
+    assert list(metrics["stage"]) == [0, 1, 2, 3, 4] and run.manifest["status"] == runs.FINISHED
+    assert summary["reported_accuracy"] == metrics["reported_accuracy"].iloc[-1]
+    assert (summary["n_train"], summary["n_test"], summary["n_val"]) == (128, 40, 32)
+    clean = experiment.run(thesis.replace(protocol="clean", schedule="1,p,1"), **QUIET)
+    assert "reported_accuracy" not in clean.summary and "reported_accuracy" not in clean.metrics
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_stages(thesis, tmp_path, monkeypatch):
-    e = thesis()
-    whole = experiment.run(replace(e, runs_dir=str(tmp_path / "whole")), **QUIET)
+    whole = experiment.run(thesis.replace(runs_dir=str(tmp_path / "whole")), **QUIET)
     real, count = train.train_one_epoch, iter(range(100))
 
     def stopping(*arguments, **keywords):
@@ -191,50 +152,19 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_stages(thesis, tmp_path, m
             raise KeyboardInterrupt
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "train_one_epoch", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        experiment.run(e, **QUIET)
-    monkeypatch.setattr(train, "train_one_epoch", real)
-    run = experiment.run(e, **QUIET)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "train_one_epoch", stopping)
+        experiment.run(thesis, **QUIET)
+    run = experiment.run(thesis, **QUIET)
     for name in ("reported_accuracy", "test_accuracy", "test_loss", "val_accuracy", "proxy_images"):
         assert run.summary[name] == whole.summary[name]
     assert run.manifest["resumed"][0]["epoch"] == 3
 
 
-def test_the_clean_protocol_has_nothing_of_it(thesis):
-    run = experiment.run(thesis(protocol="clean", schedule="1,p,1"), **QUIET)
-    assert "reported_accuracy" not in run.summary and "reported_accuracy" not in run.metrics
-
-
-def test_what_decides_a_run_under_the_thesis_protocol():
-    base = Experiment(protocol="thesis", schedule="9,p,8")
-    for changes in ({"select": "random"}, {"overlay": "append"}, {"keep_proxies": "all"}):
-        assert replace(base, **changes).effective() == base.effective()
-    for changes in (
-        {"fill": "zero"},
-        {"fraction": 0.5},
-        {"train_fraction": 0.5},
-        {"protocol": "clean"},
-        {"protocol": "thesis_text"},
-    ):
-        assert replace(base, **changes).effective() != base.effective()
-
-
-def test_pairs_do_not_mix_protocols(thesis):
-    e = thesis(protocol="clean", schedule="1,p,1", train_fraction=1.0)  # with it both protocols have the same split
-    clean = experiment.run(e, **QUIET)
-    for other in (e.plain(), replace(e, protocol="thesis", schedule="2")):
-        experiment.run(other, **QUIET)
-    paired = results.pairs(results.load(e.runs_dir))
-    assert list(paired["run"]) == [clean.path.name]
-    plain = json.loads((clean.path.parent / paired["plain_run"].iloc[0] / "manifest.json").read_text())
-    assert plain["parameters"]["protocol"] == "clean"
-
-
 def test_as_coded_one_p_stage_trains_on_no_proxy_at_all(thesis):
     """Why study C does not make its coded arm of 9,p,8: it is the run without masking, bit for bit."""
-    coded = experiment.run(thesis(schedule="1,p,1"), **QUIET)
-    none = experiment.run(thesis(schedule="1,p,1", protocol="thesis_text", fill="none"), **QUIET)
+    coded = experiment.run(thesis.replace(schedule="1,p,1"), **QUIET)
+    none = experiment.run(thesis.replace(schedule="1,p,1", protocol="thesis_text", fill="none"), **QUIET)
     assert len(coded.proxies(1)) and coded.path != none.path
     assert (coded.path / "weights.safetensors").read_bytes() == (none.path / "weights.safetensors").read_bytes()
     assert coded.summary["reported_accuracy"] == none.summary["reported_accuracy"]
@@ -242,10 +172,7 @@ def test_as_coded_one_p_stage_trains_on_no_proxy_at_all(thesis):
 
 def test_all_data_takes_as_many_steps_as_the_halves():
     """Study C's fixed split on all data: 9 epochs of all images, where the others take 18 of half of them."""
-    for n in (6583, 128, 129):
-        halves, whole = (Experiment(protocol=name, batch_size=32) for name in ("thesis", "clean"))
-        steps = [train.steps_per_epoch(protocol.draws(n, e), e.batch_size) for e in (halves, whole)]
-        assert abs(18 * steps[0] - 9 * steps[1]) <= 9, n
-    assert 18 * train.steps_per_epoch(protocol.draws(6583, halves), 32) == 9 * train.steps_per_epoch(
-        protocol.draws(6583, whole), 32
-    )
+    for n, apart in ((6583, 0), (128, 9), (129, 9)):
+        arms = [Experiment(protocol=name, batch_size=32) for name in ("thesis", "clean")]
+        half, whole = (train.steps_per_epoch(protocol.draws(n, e), 32) for e in arms)
+        assert abs(18 * half - 9 * whole) <= apart, n

@@ -4,8 +4,9 @@ A process is killed from outside at a moment read off the run's directory, or ki
 puts a file in its place, at points too short to be hit from outside.
 """
 
+from __future__ import annotations
+
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,17 +19,15 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import PROCESSES, QUIET, same
 
 from pa_core import data, experiment, train
+from pa_core.errors import RunError
 from pa_core.params import Experiment
-from pa_core.runs import Run, RunError, load_checkpoint, read_metrics
+from pa_core.runs import Run, load_checkpoint
 
 if not hasattr(signal, "SIGKILL"):
     pytest.skip("needs kill -9", allow_module_level=True)
-
-# Processes are forked off one that has imported torch, and done nothing else: no import at each start.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pa_core.experiment"])
 
 Settings = dict[str, Any]
 
@@ -54,16 +53,17 @@ def one_step(images) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def two_steps(images) -> Settings:
-    """A network that uses dropout and thus the global RNG; the proxies of both steps are kept."""
-    kept = {"schedule": "1,p,2,p,1", "overlay": "append", "keep_proxies": "all"}
-    return images | kept | {"batch_size": 16, "xai": "gradcam", "model": "ghostnet_050"}
+def every_event(images) -> Settings:
+    """All events; a network with dropout and thus the global RNG; proxies of both steps are kept and appended."""
+    kept = {"schedule": "1,p,2,x0.5,1,p,1,c,l0.5,x0.5,1", "overlay": "append", "keep_proxies": "all"}
+    draws = {"augment": "flip,erase,cutmix,mixup", "fill": "noise", "proxy_probability": 0.7}
+    return images | kept | draws | {"batch_size": 16, "xai": "gradcam", "model": "ghostnet_050"}
 
 
 # Processes that train
 
 
-def worker(settings: Settings, log: Path, threads: int, slow: bool, die: tuple | None, options: dict[str, Any]) -> None:
+def worker(settings: Settings, log: Path, threads: int, slow: bool, die: tuple | None) -> None:
     os.environ["PA_DATA"] = str(log.parent / "data")
     torch.set_num_threads(threads)
     if slow:
@@ -71,23 +71,23 @@ def worker(settings: Settings, log: Path, threads: int, slow: bool, die: tuple |
     if die:
         die_at(*die)
     with open(log, "a", buffering=1) as file:
-        experiment.run(Experiment(**settings), log=lambda text: print(text, file=file), **options)
+        experiment.run(Experiment(**settings), log=lambda text: print(text, file=file))
 
 
 def slow_down() -> None:
     """Let an epoch, and the end, last on any machine, so that a kill can come in the middle."""
-    batches, evaluate = train.batches, train.evaluate
+    feed, evaluate = train.feed, train.evaluate
 
-    def slow_batches(*arguments: Any, **keywords: Any) -> Iterator[torch.Tensor]:
-        for index in batches(*arguments, **keywords):
-            time.sleep(0.08)
-            yield index
+    def slow_feed(*arguments: Any, **keywords: Any) -> Iterator[torch.Tensor]:
+        for batch in feed(*arguments, **keywords):
+            time.sleep(0.05)
+            yield batch
 
     def slow_evaluate(*arguments: Any, **keywords: Any) -> train.Evaluation:
-        time.sleep(0.4)
+        time.sleep(0.3)
         return evaluate(*arguments, **keywords)
 
-    train.batches, train.evaluate = slow_batches, slow_evaluate
+    train.feed, train.evaluate = slow_feed, slow_evaluate
 
 
 def die_at(name: str, when: str, count: int) -> None:
@@ -113,21 +113,11 @@ def die_at(name: str, when: str, count: int) -> None:
 class Training:
     """A process that trains; its log and its run lie under ``folder``."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        folder: Path,
-        *,
-        name: str = "",
-        threads: int = 1,
-        slow: bool = False,
-        die: tuple | None = None,
-        **options: Any,
-    ):
+    def __init__(self, settings: Settings, folder: Path, *, name="", threads=1, slow=False, die: tuple | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         self.runs, self.log_file = folder / "runs", folder / f"log{name}.txt"
         self.log_file.touch()
-        arguments = (settings | {"runs_dir": str(self.runs)}, self.log_file, threads, slow, die, options)
+        arguments = (settings | {"runs_dir": str(self.runs)}, self.log_file, threads, slow, die)
         self.process = PROCESSES.Process(target=worker, args=arguments, daemon=True)
         self.process.start()
 
@@ -180,36 +170,7 @@ def unkilled(tmp_path_factory):
     return get
 
 
-# What is compared
-
-
-def same(path: Path, reference: Path) -> None:
-    """Fails unless two finished runs hold the same but for times."""
-    one, other = Run(path), Run(reference)
-    assert one.finished and other.finished
-    assert timeless(one.summary) == timeless(other.summary)
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert [timeless(row) for row in lines] == [timeless(row) for row in read_metrics(reference)]
-    for name in ("digest", "split_digest", "threads", "batch_size", "model"):
-        assert one.manifest[name] == other.manifest[name]
-    result = ("weights.safetensors", "predictions.csv", "classes.csv")
-    proxies = sorted(f.relative_to(reference) for f in reference.glob("proxies/*/*"))
-    assert len(proxies) >= 4
-    assert sorted(f.relative_to(path) for f in path.glob("proxies/*/*")) == proxies
-    for name in (*result, *proxies):
-        assert (path / name).read_bytes() == (reference / name).read_bytes(), name
-    assert not (path / "checkpoint.pt").exists() and not list(path.rglob("*.part"))
-
-
-def timeless(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if not k.endswith("seconds") and k != "images_per_second"}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-# Moments
+# Killed at a moment
 
 
 def lines(path: Path) -> int:
@@ -221,10 +182,6 @@ def saved(path: Path, name: str = "metrics.jsonl") -> bool:
     """Whether there is a checkpoint newer than this file or folder."""
     one, other = path / name, path / "checkpoint.pt"
     return one.exists() and other.exists() and other.stat().st_mtime_ns > one.stat().st_mtime_ns
-
-
-def size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 class Moment(NamedTuple):
@@ -245,12 +202,13 @@ class Moment(NamedTuple):
     checkpoint: tuple[tuple[int, int] | None, ...]
 
 
+STEP = "proxies/step_1.part"
 MOMENTS = {
     "before the first line": Moment(lambda p: Run(p).manifest != {}, 0.1, 0, (), (None,)),
     "at the first line": Moment(lambda p: lines(p) == 1, 0, 1, (), (None, (1, 0))),
     "within epoch 2": Moment(lambda p: lines(p) == 1 and saved(p), 0.1, 1, (), ((1, 0),)),
     "within the proxy step": Moment(
-        lambda p: size(p / "proxies/step_1.part/images.npy") > 0, 0, 2, ("step_1.part",), ((2, 0),)
+        lambda p: (p / "proxies/step_1.part").exists(), 0.1, 2, ("step_1.part",), ((2, 0),)
     ),
     "within the epoch after it": Moment(lambda p: saved(p, "proxies/step_1"), 0.1, 2, ("step_1",), ((2, 1),)),
     "while the test images are read": Moment(lambda p: lines(p) == 3 and saved(p), 0, 3, ("step_1",), ((3, 1),)),
@@ -272,12 +230,9 @@ def kill_at(training: Training, moment: Moment) -> Path:
 
 @pytest.mark.parametrize("name", MOMENTS)
 def test_killed_and_started_again_it_ends_as_one_that_was_not(tmp_path, unkilled, name, one_step):
-    reference = unkilled(one_step)
     path = kill_at(Training(one_step, tmp_path, slow=True), MOMENTS[name])
-    if name == "within the proxy step":
-        assert 0 < size(path / "proxies/step_1.part/images.npy") < size(reference / "proxies/step_1/images.npy")
     assert Training(one_step, tmp_path).wait() == path
-    same(path, reference)
+    same(path, unkilled(one_step))
     board = EventAccumulator(str(path / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("val/loss")] == [1, 2, 3]
 
@@ -296,6 +251,7 @@ def test_killed_twice_and_continued_with_other_threads(tmp_path, unkilled, one_s
 # file or folder that is put in its place; just before or after; for which time; lines of metrics.jsonl then
 DEATHS = [
     ("manifest.json", "before", 1, 0),
+    ("metrics.jsonl", "after", 2, 1),  # before the first checkpoint
     ("checkpoint.pt", "before", 1, 1),
     ("checkpoint.pt", "after", 1, 1),
     ("step_1", "before", 1, 1),
@@ -304,30 +260,33 @@ DEATHS = [
     ("checkpoint.pt", "before", 2, 3),
     ("metrics.jsonl", "before", 1, 3),  # cut back to the checkpoint
     ("metrics.jsonl", "after", 1, 2),
-    ("step_2", "after", 1, 3),
-    ("predictions.csv", "after", 1, 4),
-    ("weights.safetensors", "after", 1, 4),
-    ("summary.json", "after", 1, 4),
-    ("manifest.json", "before", 2, 4),
+    ("checkpoint.pt", "after", 1, 3),  # before pruning
+    ("checkpoint.pt", "before", 1, 3),  # pruned, and not saved
+    ("checkpoint.pt", "after", 1, 3),  # pruned and saved
+    ("checkpoint.pt", "before", 1, 4),  # in the epoch after it
+    ("step_2", "after", 1, 4),
+    ("checkpoint.pt", "after", 3, 5),  # the maps are forgotten
+    ("checkpoint.pt", "before", 1, 5),  # the learning rate is changed, and not saved
+    ("checkpoint.pt", "after", 1, 5),  # and saved
+    ("weights.safetensors", "after", 1, 6),
+    ("summary.json", "after", 1, 6),
+    ("manifest.json", "before", 2, 6),
 ]
 
 
-def test_killed_around_every_file_that_is_written(tmp_path, unkilled, two_steps):
-    """One run, killed fourteen times; with dropout, and with all proxies kept and appended."""
+def test_killed_around_every_file_and_event(tmp_path, unkilled, every_event):
+    """One run, killed twenty-two times."""
     for name, when, count, expected in DEATHS:
-        Training(two_steps, tmp_path, die=(name, when, count)).died()
+        Training(every_event, tmp_path, die=(name, when, count)).died()
         path = the_run(tmp_path / "runs")
         assert lines(path) == expected, (name, when)
         assert not Run(path).finished
-    same(Training(two_steps, tmp_path).wait(), unkilled(two_steps))
-
-
-def test_killed_when_all_is_written_it_is_finished(tmp_path, unkilled, two_steps):
-    Training(two_steps, tmp_path, die=("manifest.json", "after", 2)).died()
-    assert Run(the_run(tmp_path / "runs")).finished
-    again = Training(two_steps, tmp_path, name="2")
-    same(again.wait(), unkilled(two_steps))
+    Training(every_event, tmp_path, die=("manifest.json", "after", 2)).died()  # when all is written, it is finished
+    assert Run(path).finished and (path / "checkpoint.pt").exists()
+    again = Training(every_event, tmp_path, name="2")
+    same(again.wait(), unkilled(every_event))
     assert "finished before" in again.log and "epoch" not in again.log
+    assert Run(path).summary["sparsity"] == pytest.approx(0.75, abs=1e-3)
 
 
 # Two processes
@@ -354,7 +313,7 @@ def test_who_waits_goes_on_when_the_other_is_killed(tmp_path, unkilled, one_step
     assert "continuing" in second.log
 
 
-# Within one process: pause, tampering, finished runs
+# Within one process
 
 
 @pytest.fixture(autouse=True)
@@ -366,58 +325,51 @@ def one_thread(monkeypatch, tmp_path):
     torch.set_num_threads(before)
 
 
-def run(tmp_path: Path, settings: Settings, **options: Any) -> Run:
-    return experiment.run(Experiment(**settings, runs_dir=str(tmp_path / "runs")), log=lambda _text: None, **options)
+def test_interrupted_and_run_again_from_what_was_prepared(tmp_path, unkilled, every_event):
+    """What `prepare` made is left as it is and serves again; what the process does in between is no matter."""
+    prepared = experiment.prepare(Experiment(**every_event, runs_dir=str(tmp_path / "runs")))
+    before = {name: value.clone() for name, value in prepared.model.state_dict().items()}
+
+    def interrupt_at(*beginnings: str) -> Callable[[str], None]:
+        def log(text: str) -> None:
+            if text.startswith(beginnings):
+                raise KeyboardInterrupt
+
+        return log
+
+    for moment in ("epoch 2/", "pruned", "proxy step 2", "learning rate"):
+        with pytest.raises(KeyboardInterrupt):
+            experiment.run(prepared, log=interrupt_at(moment))
+        manifest = Run(prepared.path).manifest
+        assert (manifest["status"], manifest["error"]) == ("interrupted", "KeyboardInterrupt: ")
+        assert experiment.find(prepared) is None
+        torch.rand(5)
+    done = experiment.run(prepared, **QUIET)
+    same(done.path, unkilled(every_event))
+    assert done.manifest["status"] == "finished" and done.manifest["error"] is None
+    after = prepared.model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
+    assert prepared.dataset.test.reads == len(prepared.dataset.test)
+    kept = {f: f.read_bytes() for f in done.path.rglob("*") if f.is_file()}
+    assert experiment.run(prepared, **QUIET).path == experiment.find(prepared).path == done.path
+    assert kept == {f: f.read_bytes() for f in done.path.rglob("*") if f.is_file()}
 
 
-def test_paused_and_continued_it_ends_as_one_that_was_not(tmp_path, unkilled, two_steps):
-    torch.manual_seed(1)
-    paused = run(tmp_path, two_steps, until_step=1)
-    assert paused.manifest["status"] == "paused" and not paused.finished and lines(paused.path) == 1
-    assert [f.name for f in paused.path.glob("proxies/*")] == ["step_1"]
-    before = contents(paused.path / "proxies")
-    run(tmp_path, two_steps, until_step=1)  # is there already
-    assert lines(paused.path) == 1 and contents(paused.path / "proxies") == before
-    with open(paused.path / "metrics.jsonl", "a") as file:
-        file.write('{"epoch": 2, "stage": 1, "train_lo')  # killed while it wrote
-    assert len(paused.metrics) == 1
-    torch.manual_seed(2)  # what else the process does with the RNG does not matter
-    assert run(tmp_path, two_steps, until_step=2).manifest["status"] == "paused" and lines(paused.path) == 3
-    done = run(tmp_path, two_steps)
-    same(done.path, unkilled(two_steps))
-    before = contents(done.path)
-    assert run(tmp_path, two_steps, until_step=1).finished and run(tmp_path, two_steps).finished  # at once
-    assert contents(done.path) == before
-
-
-def test_the_callers_rng_and_threads_are_left_as_found(tmp_path, two_steps):
+def test_the_callers_rng_and_threads_are_left_as_found(tmp_path, every_event):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    run(tmp_path, two_steps | {"schedule": "1"})
+    experiment.run(Experiment(**every_event | {"schedule": "1", "runs_dir": str(tmp_path / "runs")}), **QUIET)
     assert torch.equal(torch.rand(3), expected) and torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize("name", ["split_digest", "digest", "precision"])
-def test_what_does_not_belong_to_the_run_is_not_continued(tmp_path, unkilled, name, one_step):
-    shutil.copytree(unkilled(one_step), tmp_path / "runs" / unkilled(one_step).name)
-    path = the_run(tmp_path / "runs")
-    manifest = Run(path).manifest | {name: "0123abcd", "status": "running"}
+def test_what_does_not_belong_to_the_run_is_not_continued(tmp_path, unkilled, one_step):
+    path = tmp_path / "runs" / unkilled(one_step).name
+    shutil.copytree(unkilled(one_step), path)
+    manifest = Run(path).manifest | {"precision": "float16", "status": "running"}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    before = contents(path)
-    with pytest.raises(RunError, match=rf"its {name} is 0123abcd, and would now be ([0-9a-f]{{64}}|float32)") as caught:
-        run(tmp_path, one_step)
+    before = {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    with pytest.raises(RunError, match="its precision is float16, and would now be float32") as caught:
+        experiment.run(Experiment(**one_step, runs_dir=str(tmp_path / "runs")), **QUIET)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert contents(path) == before
-
-
-def test_a_finished_run_is_returned_and_rerun_makes_it_beside_the_old(tmp_path, unkilled, two_steps):
-    shutil.copytree(unkilled(two_steps), tmp_path / "runs" / unkilled(two_steps).name)
-    old = the_run(tmp_path / "runs")
-    before = contents(old)
-    assert run(tmp_path, two_steps).path == old
-    new = run(tmp_path, two_steps, rerun=True)
-    assert new.path == old.with_name(f"{old.name}~2") and new.finished
-    same(new.path, old)
-    assert run(tmp_path, two_steps).path == old
-    assert contents(old) == before
+    assert before == {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}

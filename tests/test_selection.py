@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pa_core.selection import count, score, select
+from pa_core.selection import Scores, count, score, select, some_wrong
 
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.0], [0.5, 0.0]])
 LABELS = torch.tensor([0, 0, 1, 1, 0])
@@ -55,3 +55,15 @@ def test_random_depends_on_the_seed_alone():
 
 def test_at_least_one_image():
     assert count(3, 0.01) == 1 and count(10, 0.25) == 2 and count(10, 1.0) == 10
+
+
+def test_the_predecessor_takes_wrong_images_in_random_order_and_not_the_worst_first():
+    n = 200
+    zeros = torch.zeros(n, dtype=torch.long)
+    s = Scores(loss=torch.arange(n).float(), margin=zeros, entropy=zeros, predicted=torch.arange(n) % 2, labels=zeros)
+    chosen = some_wrong(s, among=torch.arange(150), fraction=0.3, seed=0)
+    assert len(set(chosen.tolist())) == len(chosen) == 23  # 0.3 of the 75 odd ones, rounded up
+    assert (chosen % 2 == 1).all() and chosen.max() < 150
+    assert set(chosen.tolist()) not in (set(range(149, 149 - 2 * 23, -2)), set(range(1, 2 * 23, 2)))
+    assert torch.equal(chosen, some_wrong(s, among=torch.arange(150), fraction=0.3, seed=0))
+    assert len(some_wrong(s, among=torch.arange(0, 150, 2), fraction=0.5, seed=0)) == 0

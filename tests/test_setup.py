@@ -21,9 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11.0", "3.11.9", "3.12.0", "3.13.0")
 PLATFORMS = ("linux", "darwin", "win32")
 CHAIN = (
-    "schedule params data models attribution masking selection metrics runs train proxy protocol experiment "
-    "statistics results figures sweep study"
+    "errors files schedule coerce params data models attribution masking selection augment batch device metrics runs "
+    "train proxy protocol prepare experiment lab"
 ).split()
+PACKAGES = {
+    "data": "decode cache sources splits dataset".split(),
+    "attribution": "base cams captum_methods transformers controls table maps".split(),
+    "lab": "statistics results figures explore notebooks workers sweep study".split(),
+}
+"""Links of the chain that are packages, and the chains inside."""
+CODE = sorted((ROOT / "pa_core").rglob("*.py"))
+README = (ROOT / "README.md").read_text()
 
 
 def pyproject() -> dict:
@@ -87,10 +95,17 @@ def test_python_range_is_the_one_of_the_makefile():
     assert "(3, 11) <= sys.version_info[:2] <= (3, 13)" in (ROOT / "Makefile").read_text()
 
 
-def test_ci_runs_make_test():
+def test_ci_lints_and_then_tests():
+    """pytest's closing line is the last one printed."""
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().rstrip().endswith("exec make test")
+    assert script.read_text().splitlines()[-2:] == ["make lint", "exec make test"]
+
+
+def test_make_check_runs_tests_that_exist():
+    names = re.search(r"^CHECKS := \$\(patsubst %,tests/test_%\.py,(.*)\)$", (ROOT / "Makefile").read_text(), re.M)
+    assert names and len(names[1].split()) >= 8
+    assert [name for name in names[1].split() if not (ROOT / "tests" / f"test_{name}.py").is_file()] == []
 
 
 def test_conda_environment_is_requirements_txt():
@@ -149,7 +164,7 @@ def test_a_module_imports_only_modules_above_it(path):
     assert imported(path) <= above, f"{path.stem} imports {sorted(imported(path) - above)}, which stand below it"
 
 
-@pytest.mark.parametrize("module", ["pa_core", "pa_core.schedule", "pa_core.params"])
+@pytest.mark.parametrize("module", ["pa_core", "pa_core.files", "pa_core.params"])
 def test_parameters_are_read_without_loading_torch_or_numpy(module):
     code = f"import sys, {module}; print(*{{'torch', 'numpy', 'timm', 'pandas'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -157,12 +172,6 @@ def test_parameters_are_read_without_loading_torch_or_numpy(module):
     assert done.stdout.strip() == "", f"{module} loads {done.stdout}"
 
 
-PACKAGES = {
-    "data": "decode workers store folder sources splits augment dataset".split(),
-    "attribution": "base cams captum_methods transformers controls table maps".split(),
-}
-"""Links of the chain that are packages, and the chains inside."""
-EMBEDDED = {"fashion_mini"}
 PACKAGE_FILES = [path for package in PACKAGES for path in sorted((ROOT / "pa_core" / package).glob("*.py"))]
 
 
@@ -178,7 +187,7 @@ def test_a_package_is_one_link_and_a_chain_inside(path):
                 inside |= {parts[2]} if len(parts) > 2 else {alias.name for alias in node.names}
             else:
                 outside |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    assert outside - EMBEDDED <= set(CHAIN[: CHAIN.index(package)])
+    assert outside <= set(CHAIN[: CHAIN.index(package)])
     if not path.stem.startswith("__"):
         chain = PACKAGES[package]
         assert path.stem in chain and inside <= set(chain[: chain.index(path.stem)])
@@ -186,4 +195,80 @@ def test_a_package_is_one_link_and_a_chain_inside(path):
 
 def test_every_python_file_is_in_a_package_that_is_installed():
     named = set(pyproject()["tool"]["setuptools"]["packages"])
-    assert {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "pa_core").rglob("*.py")} == named
+    assert {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in CODE} == named
+
+
+def test_every_other_file_of_the_package_is_installed_with_it():
+    patterns = pyproject()["tool"]["setuptools"]["package-data"]["pa_core"]
+    installed = {path for pattern in patterns for path in (ROOT / "pa_core").glob(pattern)}
+    found = {path for path in (ROOT / "pa_core").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert found == installed
+
+
+# Budgets. The design asks for 5,900 lines, 4,000 of them outside lab/; until then the package only gets shorter.
+
+MOST, MOST_OUTSIDE_LAB, MOST_IN_A_FILE = 7250, 5000, 450
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_the_package_does_not_grow():
+    outside = [path for path in CODE if "lab" not in path.relative_to(ROOT / "pa_core").parts[:-1]]
+    assert sum(map(lines, CODE)) <= MOST
+    assert sum(map(lines, outside)) <= MOST_OUTSIDE_LAB
+    assert {path.name: lines(path) for path in CODE if lines(path) > MOST_IN_A_FILE} == {}
+
+
+def too_long(source: str, most: int = 60) -> dict[str, int]:
+    """Functions of more lines than ``most``, from ``def`` to their last line."""
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    sizes = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    return {name: size for name, size in sizes.items() if size > most}
+
+
+def test_too_long_counts_from_def_to_the_last_line():
+    inside = "\n".join(f"        x = {i}" for i in range(59))
+    assert too_long(f"class A:\n    def f(self):\n{inside}\n") == {}
+    assert too_long(f"class A:\n    def f(self):\n{inside}\n        return x\n") == {"f": 61}
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT / "pa_core")))
+def test_no_function_is_long(path):
+    assert too_long(path.read_text()) == {}
+
+
+# The README and docs/
+
+
+def test_the_readme_is_short_and_soon_has_a_command():
+    assert len(README.split()) <= 1500
+    first = re.search(r"^    (.*)$", README, re.M)
+    assert first and first[1].startswith("make figures") and len(README[: first.start()].split()) <= 300
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", "CHANGELOG.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_to_files_that_exist(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / path).read_text()):
+        assert target.startswith("https://") or (ROOT / path).parent.joinpath(target).exists(), target
+
+
+def test_the_readme_names_every_page_of_docs_and_every_notebook():
+    for page in [*(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]:
+        assert f"]({page.relative_to(ROOT).as_posix()})" in README, page.name
+
+
+def test_the_readme_and_make_run_every_notebook():
+    names = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    for path, pattern in (("Makefile", r"NOTEBOOKS := (.*)"), ("README.md", r"for n in (.*?); do")):
+        assert re.search(pattern, (ROOT / path).read_text())[1].split() == names
+
+
+def test_the_changelog_has_the_schema():
+    from pa_core.params import SCHEMA
+
+    headings = re.findall(r"^## Schema (\d+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert [int(number) for number in headings] == list(range(SCHEMA, 0, -1))

@@ -5,14 +5,16 @@ Where training itself does not matter, ``stub_run.py`` stands in for papermill.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -20,11 +22,16 @@ import pytest
 import torch
 import yaml
 
-from pa_core import data, experiment, models, results, sweep
-from pa_core.params import Experiment, ParameterError, home
+from pa_core import data, experiment, models, runs
+from pa_core.errors import ParameterError
+from pa_core.files import home
+from pa_core.lab import notebooks, results, sweep
+from pa_core.params import PARAMETERS, SCHEMA, Experiment
 from pa_core.runs import Run
 
 pytest.importorskip("distributed")
+from pa_core.lab import workers  # it loads Dask
+
 SWEEPS = sorted((home() / "params" / "sweeps").glob("*.yaml"))
 STUB = Path(__file__).with_name("stub_run.py")
 
@@ -42,20 +49,19 @@ def test_every_combination_becomes_a_run_once(tmp_path):
     found = expand("base: {lr: 2e-3, device: cpu}\n" + text, tmp_path)
     assert (found.name, found.notebook) == ("some", home() / "notebooks/03_proxy_loop.ipynb")
     assert found.combinations == 8
-    kinds = [(j.arms, j.experiment.schedule, j.experiment.threshold, j.experiment.seed) for j in found.jobs]
+    made = [(j.arms, j.experiment.schedule, j.experiment.threshold, j.experiment.seed) for j in found.jobs]
     # of the plain run the threshold has no effect
-    plain = [(("plain",), "2", 0.5, seed) for seed in (0, 1)]
-    assert kinds == plain + [(("proxies",), "1,p,1", t, seed) for t in (0.5, 0.75) for seed in (0, 1)]
+    plain = [(["plain"], "2", 0.5, seed) for seed in (0, 1)]
+    assert made == plain + [(["proxies"], "1,p,1", t, seed) for t in (0.5, 0.75) for seed in (0, 1)]
     assert {job.experiment.lr for job in found.jobs} == {2e-3}
-    assert found.varied == ("schedule", "threshold", "seed")
-    assert found.jobs[2].parameters == {"lr": 2e-3, "device": "cpu", "schedule": "1,p,1", "threshold": 0.5, "seed": 0}
-    assert len({job.key for job in found.jobs}) == 6
+    assert found.varied == ["schedule", "threshold", "seed"]
+    assert len(found.jobs) == 6
 
 
 def test_a_run_that_belongs_to_two_arms_is_made_once_and_counted_in_both(tmp_path):
     found = expand("grid: {schedule: ['2', '1,p,1']}\narms: {mean: {fill: mean}, zero: {fill: zero}}", tmp_path)
-    assert [job.arms for job in found.jobs] == [("mean", "zero"), ("mean",), ("zero",)]
-    frame = sweep.table(found, {})
+    assert [job.arms for job in found.jobs] == [["mean", "zero"], ["mean"], ["zero"]]
+    frame = sweep.table(found)
     assert list(frame["arm"]) == ["mean", "zero", "mean", "zero"] and set(frame["status"]) == {"to do"}
 
 
@@ -67,38 +73,35 @@ def test_base_may_be_a_params_file_and_arms_and_grid_go_over_it(tmp_path):
 
 
 REFUSED = {
-    "gird: 1": ("some: gird = 1", "no such key (did you mean 'grid'?)", "notebook, base, grid, arms, seeds"),
-    "base: {lr: 1}": ("at least one of grid, arms and seeds",),
-    "{}": ("at least one of grid, arms and seeds",),
-    "- 1": ("allowed is a YAML file with keys",),
-    "grid: [1": ("cannot be read", "line 1"),
-    "seeds: [0]\nseeds: [1]": ("'seeds' stands twice",),
-    "grid: {treshold: [0.1]}": ("some: grid.treshold", "did you mean 'threshold'?"),
-    "grid: {threshold: [0.1, 1.5]}": ("some: grid.threshold = 1.5", "from 0 to 1"),
-    "grid: {threshold: 0.1}": ("some: grid.threshold = 0.1", "allowed is a list of values"),
-    "grid: {threshold: []}": ("some: grid.threshold", "allowed is a list of values"),
-    "grid: {threshold: [0.4, .40]}": ("some: grid.threshold = 0.4", "twice"),
-    "grid: {schedule: [40, 20,p,20]}": ("some: grid.schedule", "YAML took a schedule apart", "quote"),
+    "gird: 1": ("some: gird=1", "must be one of notebook, base, grid, arms, seeds (did you mean 'grid'?)"),
+    "base: {lr: 1}": ("must include one of grid, arms and seeds",),
+    "{}": ("must include one of grid, arms and seeds",),
+    "- 1": ("must hold lines of names and values",),
+    "grid: [1": ("can be read", "line 1"),
+    "seeds: [0]\nseeds: [1]": ("'seeds' is given twice",),
+    "grid: {treshold: [0.1]}": ("some: grid.treshold=0.1", "did you mean 'threshold'?"),
+    "grid: {threshold: [0.1, 1.5]}": ("some: grid.threshold=1.5", "from 0 to 1"),
+    "grid: {threshold: 0.1}": ("some: grid.threshold=0.1", "must be lists of values by parameter"),
+    "grid: {threshold: []}": ("some: grid.threshold=[]", "must be a list of values"),
+    "grid: {schedule: [40, 20,p,20]}": ("some: grid.schedule='p'", "quote a schedule", "'20,p,20'"),
     "grid: {schedule: [[20, p, 20]]}": ("some: grid.schedule", "quote it where YAML would take it apart"),
-    "grid: {schedule: ['5,p']}": ("some: grid.schedule = '5,p'", "no epoch after it"),
-    "arms: {a: {schedule: 20,p,19}}": ("some: arms.a.schedule = 20", "took it apart", "quote it: '20,p,19'"),
-    "base: {schedule: [5, p, 5]}\nseeds: [0]": ("some: base.schedule = [5, 'p', 5]", "quote"),
-    "base: {schedule: 5,p,5}\nseeds: [0]": ("some: base.schedule = 5", "quote it: '5,p,5'"),
-    "arms: {a: {fil: mean}}": ("some: arms.a.fil", "did you mean 'fill'?"),
-    "arms: {a: {fill: men}}": ("some: arms.a.fill = 'men'", "did you mean 'mean'?"),
-    "arms: [a]": ("some: arms = ['a']", "names with parameters"),
-    "arms: {a: 3}": ("some: arms.a = 3", "names and values of parameters"),
-    "arms: {a: {lr: 1}}\ngrid: {lr: [1]}": ("some: arms.a.lr = 1", "grid.lr gives it already"),
-    "arms: {a: {seed: 1}}\nseeds: [1]": ("some: arms.a.seed = 1", "seeds gives it already"),
-    "grid: {seed: [1]}\nseeds: [1]": ("some: grid.seed", "seeds gives it already"),
-    "grid: {runs_dir: [a, b]}": ("some: grid.runs_dir", "one runs folder"),
-    "arms: {a: {runs_dir: b}}": ("some: arms.a.runs_dir", "runs_dir in base"),
-    "seeds: 3": ("some: seeds = 3", "allowed is a list of values"),
-    "seeds: [0, -1]": ("some: seeds = -1", "from 0 to"),
-    "seeds: [0]\nbase: {folds: 2, fold: 2}": ("some: base.fold = 2", "0 to 1"),
-    "seeds: [0]\nbase: nothing.yaml": ("nothing.yaml", "cannot be read"),
-    "seeds: [0]\nnotebook: 03_proxy_lop": ("some: notebook = '03_proxy_lop'", "did you mean '03_proxy_loop'?"),
-    "seeds: [0]\nnotebook: bare.ipynb": ("some: notebook = 'bare.ipynb'", "no cell with the tag parameters"),
+    "grid: {schedule: ['5,p']}": ("some: grid.schedule='5,p'", "an epoch after it"),
+    "arms: {a: {schedule: 20,p,19}}": ("some: arms.a.p=None", "quote a schedule", "'20,p,20'"),
+    "base: {schedule: 5,p,5}\nseeds: [0]": ("some: base.p=None", "quote a schedule"),
+    "arms: {a: {fil: mean}}": ("some: arms.a.fil='mean'", "did you mean 'fill'?"),
+    "arms: {a: {fill: men}}": ("some: arms.a.fill='men'", "did you mean 'mean'?"),
+    "arms: [a]": ("some: arms=['a']", "must be parameters by name"),
+    "arms: {a: 3}": ("some: arms.a=3", "must be parameters by name"),
+    "arms: {a: {lr: 1}}\ngrid: {lr: [1]}": ("some: arms.a.lr=1", "grid.lr sets it"),
+    "arms: {a: {seed: 1}}\nseeds: [1]": ("some: arms.a.seed=1", "seeds sets it"),
+    "grid: {seed: [1]}\nseeds: [1]": ("some: grid.seed", "seeds sets it"),
+    "grid: {runs_dir: [a, b]}": ("some: runs_dir=['a', 'b']", "one folder"),
+    "seeds: 3": ("some: seeds=3", "must be a list of values"),
+    "seeds: [0, -1]": ("some: seeds=-1", "at least 0"),
+    "seeds: [0]\nbase: {folds: 2, fold: 2}": ("some: base.fold=2", "0 to 1"),
+    "seeds: [0]\nbase: nothing.yaml": ("nothing.yaml", "can be read"),
+    "seeds: [0]\nnotebook: 03_proxy_lop": ("some: notebook='03_proxy_lop'", "did you mean '03_proxy_loop'?"),
+    "seeds: [0]\nnotebook: bare.ipynb": ("some: notebook='bare.ipynb'", "a cell with the tag parameters"),
 }
 
 
@@ -112,19 +115,13 @@ def test_a_mistake_is_refused_in_a_sentence_that_names_it(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ParameterError, match="cannot be read"):
-        sweep.read(tmp_path / "none.yaml")
-
-
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_the_sweep_files_expand_to_runs_of_known_models(path):
-    found = sweep.read(path)
-    assert 10 < len(found.jobs) < 1000
-    for name in {job.experiment.model for job in found.jobs}:
+def test_the_sweep_files_expand_to_runs_of_known_models_and_data(path):
+    found = [job.experiment for job in sweep.read(path).jobs]
+    assert 10 < len(found) < 1000
+    for name in {e.model for e in found}:
         models.check_name(name)
-    names = data.names()
-    assert {job.experiment.dataset for job in found.jobs} <= {*names, "folder"}
+    assert {e.dataset for e in found} <= {*data.names(), "folder"}
 
 
 def test_the_predecessors_grid_is_among_them():
@@ -142,6 +139,58 @@ def test_the_predecessors_grid_is_among_them():
         assert values <= {getattr(job, name) for job in jobs}, name
 
 
+# Notebooks
+
+
+def edited(folder: Path, **changes: object) -> Path:
+    """03_proxy_loop as JupyterLab would have saved it with other parameters."""
+    content = json.loads((home() / "notebooks" / "03_proxy_loop.ipynb").read_text())
+    (cell,) = [cell for cell in content["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    lines = notebooks.parameters_cell().splitlines()
+    for name, value in changes.items():
+        lines = [f"{name} = {value!r}" if line.startswith(f"{name} = ") else line for line in lines]
+    cell["source"] = "\n".join(lines)
+    (folder / "notebooks").mkdir(exist_ok=True)
+    path = folder / "notebooks" / "03_proxy_loop.ipynb"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_an_edited_notebook_of_the_repository_is_refused_and_a_copy_is_not(tmp_path, monkeypatch):
+    path = edited(tmp_path, lr=0.5, fill="zero")
+    text = yaml.safe_dump({"seeds": [0], "notebook": str(path)})
+    assert expand(text, tmp_path).notebook == path  # it lies elsewhere
+    for module in (notebooks, sweep):
+        monkeypatch.setattr(module, "home", lambda: tmp_path)
+    with pytest.raises(ParameterError) as caught:
+        expand("seeds: [0]", tmp_path)
+    assert "notebooks/03_proxy_loop.ipynb" in str(caught.value)
+    assert "must have the default parameters, not fill = 'zero', lr = 0.5: undo it" in str(caught.value)
+    assert notebooks.main(["check"]) == 2
+
+
+def test_parameters_cells_are_written_and_copies_overwrite_nothing(tmp_path, monkeypatch, capsys):
+    shutil.copytree(home() / "notebooks", tmp_path / "notebooks")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(notebooks, "home", lambda: tmp_path)
+    path = edited(tmp_path, lr=0.5)
+    assert notebooks.main(["write"]) == 0 and notebooks.main(["check"]) == 0
+    assert (tmp_path / "docs" / "parameters.md").read_text() == (home() / "docs" / "parameters.md").read_text()
+    assert notebooks.parameters_source(path) == notebooks.parameters_cell()
+    values: dict[str, Any] = {}
+    exec(notebooks.parameters_source(path), values)
+    wanted = {name: p.default for name, p in PARAMETERS.items()} | {"figures_dir": "figures/quick"}
+    assert {name: values.get(name, "nothing") for name in wanted} == wanted
+    again = path.read_bytes()
+    assert notebooks.main(["write"]) == 0 and path.read_bytes() == again
+    mine = tmp_path / "mine" / "03_proxy_loop.ipynb"
+    mine.parent.mkdir()
+    mine.write_text("my own")
+    assert notebooks.main(["copy", str(mine.parent)]) == 0 and mine.read_text() == "my own"
+    assert {p.name for p in mine.parent.iterdir()} == {p.name for p in (home() / "notebooks").glob("*.ipynb")}
+    assert "03_proxy_loop" not in capsys.readouterr().out
+
+
 # The command
 
 
@@ -152,14 +201,16 @@ def python(code: str, runs: Path, *words: str) -> subprocess.CompletedProcess:
     )
 
 
+MAIN = "import sys; from pa_core.lab import sweep; status = sweep.main(sys.argv[1:]); "
+
+
 def test_a_dry_run_lists_and_loads_neither_torch_nor_dask(tmp_path):
-    code = "import sys; from pa_core import sweep; sweep.main(sys.argv[1:]); print({'torch', 'dask', 'timm'} & sys.modules.keys())"
+    code = MAIN + "print({'torch', 'dask', 'timm'} & sys.modules.keys())"
     done = python(code, tmp_path / "runs", "params/sweeps/threshold.yaml", "--dry-run")
     assert done.returncode == 0, done.stderr
     first, *listed, last = done.stdout.splitlines()
-    assert (
-        first == "threshold: 15 runs (24 combinations, 9 of them the same run as another), 0 finished before, 15 to do"
-    )
+    counts = "threshold: 15 runs (24 combinations, 9 of them the same run as another), 0 finished before, 15 to do"
+    assert first == counts
     assert len(listed) == 15 and all(line.startswith("  to do") for line in listed)
     assert "proxies" in listed[-1] and "threshold=0.95 seed=2" in listed[-1]
     assert last == "set()"
@@ -168,18 +219,16 @@ def test_a_dry_run_lists_and_loads_neither_torch_nor_dask(tmp_path):
 
 def test_a_refused_file_is_one_line_and_status_2(tmp_path):
     (tmp_path / "bad.yaml").write_text("grid: {treshold: [0.1]}")
-    done = python(
-        "from pa_core.sweep import main; import sys; sys.exit(main(sys.argv[1:]))", tmp_path, str(tmp_path / "bad.yaml")
-    )
+    done = python(MAIN + "sys.exit(status)", tmp_path, str(tmp_path / "bad.yaml"))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "bad: grid.treshold" in done.stderr
 
 
 def test_without_dask_it_says_so(tmp_path):
-    code = "import sys; sys.modules['distributed'] = None; from pa_core.sweep import main; sys.exit(main(sys.argv[1:]))"
-    done = python(code, tmp_path / "runs", "params/sweeps/threshold.yaml")
+    without = "import sys; sys.modules['distributed'] = None; "
+    done = python(without + MAIN + "sys.exit(status)", tmp_path / "runs", "params/sweeps/threshold.yaml")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "a sweep needs Dask" in done.stderr and "pa-core[sweep]" in done.stderr
+    assert "invalid dask='distributed': must be installed" in done.stderr and "pa-core[sweep]" in done.stderr
 
 
 def test_cores_and_gpus_are_divided(monkeypatch):
@@ -189,36 +238,33 @@ def test_cores_and_gpus_are_divided(monkeypatch):
     monkeypatch.setattr(dask.system, "CPU_COUNT", 16)
     monkeypatch.setattr(distributed.system, "MEMORY_LIMIT", 2**40)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert sweep.machine() == sweep.Machine(workers=16, threads=1)
-    assert sweep.machine(threads=4) == sweep.Machine(workers=4, threads=4)
-    assert sweep.machine(workers=3) == sweep.Machine(workers=3, threads=5)
-    assert sweep.machine(workers=3, threads=2) == sweep.Machine(workers=3, threads=2)
+    assert workers.machine()[:3] == (16, 1, ())
+    assert workers.machine(threads=4)[:3] == (4, 4, ())
+    assert workers.machine(workers=3)[:3] == (3, 5, ())
+    assert workers.machine(workers=3, threads=2)[:3] == (3, 2, ())
     monkeypatch.setattr(distributed.system, "MEMORY_LIMIT", 8 * 2**30)
-    assert sweep.machine() == sweep.Machine(workers=4, threads=4)
+    assert workers.machine()[:3] == (4, 4, ())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-ab")
-    assert sweep.machine() == sweep.Machine(workers=2, threads=8, gpus=("2", "GPU-ab"))
-    assert sweep.machine(cpu=True).gpus == ()
+    assert workers.machine()[:3] == (2, 8, ("2", "GPU-ab"))
+    assert workers.machine(cpu=True).gpus == ()
+    with pytest.raises(ParameterError, match="workers=0: must be at least 1"):
+        workers.machine(workers=0)
 
 
 JOBS = """
-slurm: {queue: gpu, cores: 8, processes: 2, memory: 32GB, walltime: "12:00:00", jobs: 3, job_extra_directives: ["--gres=gpu:2"]}
+slurm: {queue: gpu, cores: 8, processes: 2, memory: 32GB, walltime: "12:00:00", jobs: 3,
+        job_extra_directives: ["--gres=gpu:2"]}
 """
 
 
 def test_the_job_script_of_a_batch_system(tmp_path):
     (tmp_path / "cluster.yaml").write_text(JOBS)
-    cluster, jobs, threads = sweep.job_cluster(tmp_path / "cluster.yaml")
+    cluster, jobs, threads = workers.job_cluster(tmp_path / "cluster.yaml")
     with cluster:
         script = cluster.job_script()
     assert (jobs, threads) == (3, 4)
-    for line in (
-        "#SBATCH -p gpu",
-        "#SBATCH --cpus-per-task=8",
-        "#SBATCH --mem=30G",
-        "#SBATCH -t 12:00:00",
-        "#SBATCH --gres=gpu:2",
-    ):
-        assert line in script.splitlines()
+    asked = ("-p gpu", "--cpus-per-task=8", "--mem=30G", "-t 12:00:00", "--gres=gpu:2")
+    assert {f"#SBATCH {words}" for words in asked} <= set(script.splitlines())
     assert "distributed.cli.dask_worker tcp://" in script and "--nworkers 2" in script
     assert "--resources run=1" in script  # one run at a time
 
@@ -228,8 +274,8 @@ def test_the_job_script_of_a_batch_system(tmp_path):
 )
 def test_a_batch_system_that_does_not_exist_is_refused(tmp_path, text):
     (tmp_path / "cluster.yaml").write_text(text)
-    with pytest.raises(ParameterError, match="^cluster = ") as caught:
-        sweep.job_cluster(tmp_path / "cluster.yaml")
+    with pytest.raises(ParameterError, match="^invalid cluster=") as caught:
+        workers.job_cluster(tmp_path / "cluster.yaml")
     assert "\n" not in str(caught.value)
 
 
@@ -237,66 +283,71 @@ def test_a_batch_system_that_does_not_exist_is_refused(tmp_path, text):
 
 
 class Lab:
-    """A folder with a sweep of ``count`` seeds, whose runs are made by the stub."""
+    """A folder with a sweep of up to ``SEEDS`` seeds, whose runs are made by the stub."""
 
-    def __init__(self, folder: Path, digest: str) -> None:
+    SEEDS = 24
+
+    def __init__(self, folder: Path) -> None:
         self.runs, self.stub, self.file = folder / "runs", folder / "stub", folder / "seeds.yaml"
         self.stub.mkdir()
-        self.environment = {
-            "PA_RUNS": str(self.runs),
-            "STUB": str(self.stub),
-            "STUB_DATA": digest,
-            "PYTHONPATH": str(home()),
-        }
+        shutil.copyfile(STUB, self.stub / "papermill.py")
+        path = os.pathsep.join([str(home()), str(self.stub)])
+        self.environment = {"PA_RUNS": str(self.runs), "STUB": str(self.stub), "PYTHONPATH": path}
+        self.notebook = edited(folder)
         self.lines: list[str] = []
         self.started: list[subprocess.Popen] = []
 
+    def prepare(self) -> None:
+        """Tell the stub where runs lie and what a manifest holds."""
+        one = Experiment.from_mapping({"schedule": "1", "device": "cpu"})
+        locate = sweep.Sweep.of("seeds", []).locate
+        places = {seed: str(locate(one.replace(seed=seed))) for seed in range(self.SEEDS)}
+        (self.stub / "places.json").write_text(json.dumps(places))
+        keys = ["split_digest", "data_digest", "weights_digest", "device_name", "precision"]
+        content = dict.fromkeys(keys, "x") | {"schema": SCHEMA, "code_version": runs.code_version()}
+        content |= {"parameters": one.to_dict(), "status": "finished", "started": "2025-01-01T00:00:00+00:00"}
+        (self.stub / "manifest.json").write_text(json.dumps(content | {"image_size": 28, "batch_size": 64}))
+
     def write(self, count: int) -> Path:
-        text = yaml.safe_dump({"base": {"schedule": "1", "device": "cpu"}, "seeds": list(range(count))})
+        base = {"schedule": "1", "device": "cpu"}
+        text = yaml.safe_dump({"notebook": str(self.notebook), "base": base, "seeds": list(range(count))})
         if not self.file.exists() or self.file.read_text() != text:  # another sweep may be reading it
             self.file.write_text(text)
         return self.file
 
-    def behave(self, seed: int, how: str) -> None:
-        (self.stub / str(seed)).write_text(how)
+    def behave(self, **seeds: str) -> None:
+        for seed, how in seeds.items():
+            (self.stub / seed.removeprefix("_")).write_text(how)
 
-    def sweep(self, count: int, **options) -> pd.DataFrame:
+    def sweep(self, count: int, **options: Any) -> pd.DataFrame:
         """In this process."""
         return sweep.run(self.write(count), log=self.lines.append, **{"workers": 2, **options})
 
-    def start(self, count: int) -> subprocess.Popen:
-        """In a process, and process group, of its own."""
-        script = self.stub / "start.py"
-        main = f"pa_core.sweep._PAPERMILL = {STANDING_IN!r}; sys.exit(pa_core.sweep.main(sys.argv[1:]))"
-        if not script.exists():
-            script.write_text(f"import sys, pa_core.sweep\nif __name__ == '__main__':\n    {main}\n")
-        command = [sys.executable, str(script), str(self.write(count)), "--workers", "2"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.started.append(
-            subprocess.Popen(command, env=os.environ | self.environment, start_new_session=True, **pipes)
-        )
+    def start(self, count: int, *words: str) -> subprocess.Popen:
+        """The command, in a process and process group of its own."""
+        command = [sys.executable, "-m", "pa_core.lab.sweep", str(self.write(count)), *(words or ("--workers", "2"))]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = os.environ | self.environment
+        self.started.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
         return self.started[-1]
 
     def noted(self, name: str) -> list[list[str]]:
         file = self.stub / name
-        return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+        return [line.split(" ", 3) for line in file.read_text().splitlines()] if file.exists() else []
 
     @property
     def trained(self) -> Counter:
         """How often each seed was trained."""
         return Counter(int(seed) for seed, *_ in self.noted("trained"))
 
-    def wait_for(self, count: int, name: str = "started") -> None:
-        until(lambda: len(self.noted(name)) >= count)
+    def wait_for(self, count: int) -> None:
+        until(lambda: len(self.noted("started")) >= count)
+
+    def go(self) -> None:
+        (self.stub / "go").touch()
 
 
-STANDING_IN = sweep._PAPERMILL.replace(
-    'runpy.run_module("papermill", run_name="__main__", alter_sys=True)', f"runpy.run_path({str(STUB)!r})"
-)
-assert STANDING_IN != sweep._PAPERMILL
-
-
-def until(moment, seconds: float = 180) -> None:
+def until(moment: Callable[[], object], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not moment():
         assert time.monotonic() < end, "the moment does not come"
@@ -304,28 +355,20 @@ def until(moment, seconds: float = 180) -> None:
 
 
 def descendants(pid: int) -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.Process(pid).children(recursive=True)
-        if "resource_tracker" not in " ".join(process.cmdline())
-    ]
+    found = psutil.Process(pid).children(recursive=True)
+    return [process for process in found if "resource_tracker" not in " ".join(process.cmdline())]
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.fixture(scope="module")
-def digest():
-    return data.load(dataset="fashion_mini").digest
-
-
 @pytest.fixture
-def lab(tmp_path, monkeypatch, digest) -> Iterator[Lab]:
-    lab = Lab(tmp_path, digest)
+def lab(tmp_path, monkeypatch) -> Iterator[Lab]:
+    lab = Lab(tmp_path)
     for name, value in lab.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sweep, "_PAPERMILL", STANDING_IN)
+    lab.prepare()
     yield lab
     for process in lab.started:  # of a test that failed
         process.kill()
@@ -333,52 +376,58 @@ def lab(tmp_path, monkeypatch, digest) -> Iterator[Lab]:
 
 
 def test_what_fails_is_reported_and_the_others_go_on(lab):
-    for seed, how in {1: "error", 2: "die once", 3: "die"}.items():
-        lab.behave(seed, how)
+    lab.behave(_1="error", _2="die once", _3="die", _4="nothing")
     frame = lab.sweep(6).set_index("seed")
-    assert list(frame["status"]) == ["finished", "failed", "finished", "failed", "finished", "finished"]
-    assert frame["error"][1] == "NonFiniteLoss: the loss is not finite in epoch 3, step 7"
+    assert list(frame["status"]) == ["finished", "failed", "finished", "failed", "failed", "finished"]
+    assert frame["error"][1] == "NonFiniteLoss: the loss is not finite in step 7"
     assert frame["cell"][1] == "In [4]: run = pa.run(experiment)"
     assert Path(frame["kept"][1]).is_file() and "sweeps/seeds/" in frame["kept"][1]
-    assert frame["error"][3] == "its process was killed by signal 9; the last it said: about to die"
+    assert frame["error"][3] == "its process ended with status -9; its last output: about to die"
+    assert frame["error"][4].startswith("it ended without its run")
     tries = Counter(int(seed) for seed, *_ in lab.noted("started"))
-    assert tries == {0: 1, 1: 1, 2: 2, 3: sweep.ATTEMPTS, 4: 1, 5: 1}  # an error of its own is final
-    assert lab.trained == dict.fromkeys((0, 2, 4, 5), 1)
-    assert {value for _, value in lab.noted("trim")} == {
-        "None"
-    }  # what Dask sets for its workers costs training a third
+    assert tries == {0: 1, 1: 1, 2: 2, 3: 1 + sweep.RETRIES, 4: 1, 5: 1}  # an error of its own is final
+    assert lab.trained == dict.fromkeys((0, 2, 5), 1)
+    assert {value for _, value in lab.noted("trim")} == {"None"}  # what Dask sets for its workers slows training
     done = frame[frame["status"] == "finished"]
-    assert done["test_accuracy"].between(0, 1).all() and done["test_accuracy"].nunique() == 4
+    assert list(done["test_accuracy"]) == [0, 0.002, 0.005]
     for name, kept in zip(done["run"], done["kept"], strict=True):
         assert Path(kept) == lab.runs / name / "notebook.ipynb" and Path(kept).is_file()
     (report,) = lab.runs.glob("sweeps/seeds/*/report.csv")
     written = pd.read_csv(report).set_index("seed")
     assert list(written["status"]) == list(frame["status"]) and written["error"][1] == frame["error"][1]
-    left = {file.name.partition(".")[2] for file in report.parent.iterdir()}
-    assert left == {"csv", "yaml", "log", "ipynb"}
+    left = {file.name for file in report.parent.rglob("*") if file.is_file()}
+    assert left == {"report.csv", "parameters.yaml", "log.txt", "notebook.ipynb"}
     # what failed, and only that, is tried again
-    lab.behave(1, ""), lab.behave(3, "")
+    lab.behave(_1="", _3="", _4="")
     again = lab.sweep(6)
-    assert "6 runs, 4 finished before, 2 to do" in lab.lines[-6] + "".join(lab.lines) and set(again["status"]) == {
-        "finished"
-    }
-    assert lab.trained == dict.fromkeys(range(6), 1)
+    assert any("6 runs, 3 finished before, 3 to do" in line for line in lab.lines)
+    assert set(again["status"]) == {"finished"} and lab.trained == dict.fromkeys(range(6), 1)
 
 
-def test_status_1_and_the_error_on_the_last_lines(lab):
-    lab.behave(0, "error")
-    process = lab.start(2)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, printed
-    assert (
-        "failed: NonFiniteLoss: the loss is not finite in epoch 3, step 7\n    In [4]: run = pa.run(experiment)\n"
-        in printed
-    )
-    assert "1 of 2 finished, 1 failed" in printed
+def test_a_notebook_is_given_every_parameter(lab):
+    """So that an edited one makes the run that was asked for."""
+    lab.notebook = edited(lab.runs.parent, lr=0.5, fill="zero")
+    lab.sweep(1)
+    ((_, *words),) = lab.noted("parameters")
+    given = json.loads(" ".join(words))
+    figures = given.pop("figures_dir")
+    assert given == Experiment.from_mapping({"schedule": "1", "device": "cpu"}).to_dict()
+    assert figures.startswith(str(lab.runs / "sweeps" / "seeds"))
 
 
-def test_a_killed_worker_has_its_run_given_out_again(lab):
-    lab.behave(0, "wait"), lab.behave(1, "wait")
+def test_a_run_of_other_code_is_made_anew(lab):
+    lab.sweep(2)
+    for run in lab.runs.glob("*/manifest.json"):
+        content = json.loads(run.read_text()) | {"code_version": "0" * 16}
+        run.write_text(json.dumps(content))
+        run.parent.rename(run.parent.with_name(f"{run.parent.name.rpartition('-')[0]}-00000000"))
+    frame = lab.sweep(3)
+    assert any("0 finished before, 3 to do (2 of them finished by another version" in line for line in lab.lines)
+    assert list(frame["status"]) == ["finished"] * 3 and lab.trained == {0: 2, 1: 2, 2: 1}
+
+
+def test_a_killed_worker_has_its_run_started_again(lab):
+    lab.behave(_0="wait", _1="wait")
     made: list[pd.DataFrame] = []
     thread = threading.Thread(target=lambda: made.append(lab.sweep(3)), daemon=True)
     thread.start()
@@ -387,55 +436,55 @@ def test_a_killed_worker_has_its_run_given_out_again(lab):
     os.kill(running.ppid(), signal.SIGKILL)
     until(lambda: not alive([running]))  # it ends with its worker
     lab.wait_for(3)
-    (lab.stub / "go").touch()
+    lab.go()
     thread.join(300)
     assert list(made[0]["status"]) == ["finished"] * 3
     assert lab.trained == dict.fromkeys(range(3), 1)
 
 
-def test_two_hundred_runs_on_two_workers(lab):
+def test_many_runs_on_two_workers(lab):
     before = descendants(os.getpid())
-    frame = lab.sweep(200)
-    assert list(frame["status"]) == ["finished"] * 200 and frame["run"].nunique() == 200
-    assert lab.trained == dict.fromkeys(range(200), 1)
-    assert len(list(lab.runs.glob("*/notebook.ipynb"))) == 200
-    assert [line[0] for line in lab.lines if line.startswith("[200/200]")]
+    frame = lab.sweep(24)
+    assert list(frame["status"]) == ["finished"] * 24 and frame["run"].nunique() == 24
+    assert lab.trained == dict.fromkeys(range(24), 1)
+    assert len(list(lab.runs.glob("*/notebook.ipynb"))) == 24
+    assert [line for line in lab.lines if line.startswith("[24/24]")]
     until(lambda: not [p for p in alive(descendants(os.getpid())) if p not in before])
-    assert {threads for _, _, threads, _ in lab.noted("started")} == {str(sweep.machine(workers=2).threads)}
+    assert {threads for _, _, threads, _ in lab.noted("started")} == {str(workers.machine(workers=2).threads)}
 
 
 def test_each_run_has_a_gpu_of_its_own(lab, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-ab")
-    lab.behave(0, "wait"), lab.behave(1, "wait")
-    text = yaml.safe_load(lab.write(2).read_text())
-    del text["base"]["device"]
-    thread = threading.Thread(target=lambda: sweep.run(text, log=lab.lines.append), daemon=True)
+    lab.behave(_0="wait", _1="wait")
+    content = yaml.safe_load(lab.write(2).read_text())
+    del content["base"]["device"]
+    thread = threading.Thread(target=lambda: sweep.run(content, log=lab.lines.append), daemon=True)
     thread.start()
     lab.wait_for(2)
-    (lab.stub / "go").touch()
+    lab.go()
     thread.join(300)
     assert {gpu for *_, gpu in lab.noted("started")} == {"4", "GPU-ab"}
     assert any("a GPU each of 4, GPU-ab" in line for line in lab.lines)
 
 
-def test_two_sweeps_that_share_runs_make_each_once(lab):
-    for seed in range(4):
-        lab.behave(seed, "wait")
+def test_two_sweeps_that_share_runs_make_each_once_and_report_what_fails(lab):
+    lab.behave(_0="wait", _1="wait", _2="wait", _3="wait", _4="error")
     both = [lab.start(5), lab.start(5)]
     lab.wait_for(4)  # two of each; each run has two processes, of which one waits for the other
-    (lab.stub / "go").touch()
+    lab.go()
+    error = "failed: NonFiniteLoss: the loss is not finite in step 7\n    In [4]: run = pa.run(experiment)\n"
     for process in both:
         printed, _ = process.communicate(timeout=300)
-        assert process.returncode == 0 and "5 of 5 finished, 0 failed" in printed, printed
-    assert lab.trained == dict.fromkeys(range(5), 1)
+        assert process.returncode == 1 and "4 of 5 finished, 1 failed" in printed and error in printed, printed
+    assert lab.trained == dict.fromkeys(range(4), 1)
     reports = [pd.read_csv(file) for file in lab.runs.glob("sweeps/seeds/*/report.csv")]
-    columns = ["seed", "status", "run", "test_accuracy", "kept"]
+    columns = ["seed", "status", "run", "test_accuracy"]
     pd.testing.assert_frame_equal(reports[0][columns], reports[1][columns])
-    assert len(list(lab.runs.glob("*/notebook.ipynb"))) == 5
+    assert len(list(lab.runs.glob("*/notebook.ipynb"))) == 4
 
 
 def test_a_killed_sweep_leaves_no_process_and_its_successor_does_what_is_left(lab):
-    lab.behave(2, "wait"), lab.behave(3, "wait")
+    lab.behave(_2="wait", _3="wait")
     process = lab.start(4)
     lab.wait_for(4)
     family = descendants(process.pid)
@@ -443,7 +492,7 @@ def test_a_killed_sweep_leaves_no_process_and_its_successor_does_what_is_left(la
     process.kill()
     process.wait()
     until(lambda: not alive(family))
-    (lab.stub / "go").touch()
+    lab.go()
     frame = lab.sweep(4)
     assert any("4 runs, 2 finished before, 2 to do" in line for line in lab.lines)
     assert list(frame["status"]) == ["finished"] * 4
@@ -452,58 +501,47 @@ def test_a_killed_sweep_leaves_no_process_and_its_successor_does_what_is_left(la
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 def test_interrupted_it_stops_within_seconds_and_says_so(lab, how):
-    lab.behave(2, "wait"), lab.behave(3, "wait")
+    lab.behave(_2="wait", _3="wait")
     process = lab.start(4)
     lab.wait_for(4)
     until(lambda: len(list(lab.runs.glob("*/notebook.ipynb"))) == 2)  # the sweep has noted the two
-    family = descendants(process.pid)
+    family, started = descendants(process.pid), time.monotonic()
     if how == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all that are in the foreground
     else:
         process.terminate()
     printed, _ = process.communicate(timeout=120)
+    assert time.monotonic() - started < 30
     assert process.returncode == 130, printed
-    assert (
-        "interrupted: stopping the runs under way" in printed
-        and printed.endswith("stopped\n")
-        and "Traceback" not in printed
-    )
-    assert not alive(family)
-    assert len(lab.noted("started")) == 4  # nothing was given out again
+    assert "interrupted: stopping the runs under way" in printed and "Traceback" not in printed
+    assert printed.endswith("stopped\n") and not alive(family)
+    assert len(lab.noted("started")) == 4  # nothing was started again
     (report,) = lab.runs.glob("sweeps/seeds/*/report.csv")
     assert Counter(pd.read_csv(report)["status"]) == {"finished": 2, "to do": 2}
 
 
 def test_on_a_running_dask_cluster(lab):
+    """Its workers stay; a run under way ends with the sweep, also with one that is killed."""
     from distributed import LocalCluster
 
-    lab.behave(1, "error")
+    lab.behave(_1="error", _4="wait", _5="wait")
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit=0) as cluster:
-        frame = lab.sweep(4, scheduler=cluster.scheduler_address, threads=3)
-        assert len(cluster.scheduler.workers) == 2  # they stay
+        frame = lab.sweep(4, scheduler=cluster.scheduler_address, threads=3, workers=None)
+        process = lab.start(6, "--scheduler", cluster.scheduler_address, "--threads", "3")
+        lab.wait_for(7)  # 1 failed and is tried again
+        under_way = [psutil.Process(int(pid)) for seed, pid, *_ in lab.noted("started") if seed in "45"]
+        process.kill()
+        process.wait()
+        until(lambda: not alive(under_way))
+        assert len(cluster.scheduler.workers) == 2
     assert list(frame["status"]) == ["finished", "failed", "finished", "finished"]
     assert {threads for _, _, threads, _ in lab.noted("started")} == {"3"}
 
 
 def test_a_scheduler_that_does_not_answer_is_refused(lab, monkeypatch):
-    monkeypatch.setattr(sweep, "CONNECT_SECONDS", 0.5)
-    with pytest.raises(
-        ParameterError, match="scheduler = 'tcp://127.0.0.1:9' is refused: no Dask scheduler answers there"
-    ):
-        lab.sweep(1, scheduler="tcp://127.0.0.1:9")
-
-
-def test_a_notebook_that_does_not_make_its_run_has_failed(lab, monkeypatch):
-    nothing = 'import sys; open(sys.argv[2], "w").write(\'{"cells": []}\')'
-    monkeypatch.setattr(sweep, "_PAPERMILL", nothing)
-    frame = lab.sweep(1)
-    assert list(frame["status"]) == ["failed"] and "did not make its run" in frame["error"][0]
-
-
-def test_changed_data_make_another_run(lab, monkeypatch):
-    lab.sweep(1)
-    monkeypatch.setattr(sweep._Places, "__call__", lambda self, e: lab.runs / "fashion-mini_test-resnet_1_0123456789ab")
-    assert sweep.finished(sweep.read(lab.file)) == {}
+    monkeypatch.setattr(workers, "CONNECT_SECONDS", 0.5)
+    with pytest.raises(ParameterError, match="invalid scheduler='tcp://127.0.0.1:9': must be the address of"):
+        lab.sweep(1, scheduler="tcp://127.0.0.1:9", workers=None)
 
 
 # Training for real
@@ -515,79 +553,69 @@ def timeless(row: dict) -> dict:
     return {k: v for k, v in row.items() if not k.endswith("seconds") and k != "images_per_second"}
 
 
+def epochs(folder: Path) -> int:
+    """As the last checkpoint has it, or more."""
+    saved = list(folder.glob("*/checkpoint.pt"))
+    return (saved[0].parent / "metrics.jsonl").read_bytes().count(b"\n") if saved else 0
+
+
 def test_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
     """First the kernel is killed, then the worker; both times within an epoch after a checkpoint."""
-    monkeypatch.setenv("PA_DATA", str(tmp_path / "data"))
-
-    def make(name: str) -> pd.DataFrame:
-        lines: list[str] = []
-        monkeypatch.setenv("PA_RUNS", str(tmp_path / name))
-        frame = sweep.run({"base": REAL, "seeds": [3]}, workers=1, threads=1, log=lines.append)
-        assert list(frame["status"]) == ["finished"], lines
-        return frame
-
-    made: list[pd.DataFrame] = []
-    thread = threading.Thread(target=lambda: made.append(make("disturbed")), daemon=True)
+    file = {"base": REAL, "seeds": [3], "notebook": str(edited(tmp_path))}
+    monkeypatch.setenv("PA_RUNS", str(tmp_path / "runs"))
+    frames: list[pd.DataFrame] = []
+    options: dict[str, Any] = {"workers": 1, "threads": 1, "log": lambda _text: None}
+    thread = threading.Thread(target=lambda: frames.append(sweep.run(file, **options)), daemon=True)
     thread.start()
-
-    def epochs() -> int:
-        """As the last checkpoint has it, or more."""
-        saved = list((tmp_path / "disturbed").glob("*/checkpoint.pt"))
-        return (saved[0].parent / "metrics.jsonl").read_bytes().count(b"\n") if saved else 0
-
     for epoch, victim in ((1, "kernel"), (4, "worker")):
-        until(lambda epoch=epoch: epochs() >= epoch, 300)
+        until(lambda epoch=epoch: epochs(tmp_path / "runs") >= epoch, 300)
         kernel = next(p for p in descendants(os.getpid()) if "ipykernel_launcher" in p.cmdline())
         (kernel if victim == "kernel" else kernel.parent().parent()).kill()
         until(lambda kernel=kernel: not alive([kernel]))
     thread.join(300)
-    disturbed = Run(next((tmp_path / "disturbed").glob("*/manifest.json")).parent)
-    quiet = make("quiet")
-    path = tmp_path / "quiet" / quiet["run"][0]
-    # the notebook itself pauses at its proxy step and goes on
-    assert len(disturbed.manifest["resumed"]) >= 3 and len(Run(path).manifest["resumed"]) == 1
-    assert disturbed.manifest["threads"] == Run(path).manifest["threads"] == 1
-    assert disturbed.path.name == path.name
-    assert timeless(disturbed.summary) == timeless(Run(path).summary)
-    for name in ("weights.safetensors", "predictions.csv", "classes.csv"):
-        assert (disturbed.path / name).read_bytes() == (path / name).read_bytes(), name
-    rows = [[timeless(row) for row in run.metrics.to_dict("records")] for run in (disturbed, Run(path))]
-    assert rows[0] == rows[1]
-    notebook = json.loads((path / "notebook.ipynb").read_text())
+    (status,), (name,) = frames[0]["status"], frames[0]["run"]
+    assert status == "finished"
+    run = Run(tmp_path / "runs" / name)
+    assert len(run.manifest["resumed"]) >= 2 and run.manifest["threads"] == 1
+    same_as_undisturbed(run, REAL | {"seed": 3}, tmp_path)
+    notebook = json.loads((run.path / "notebook.ipynb").read_text())
     assert any("image/png" in str(output) for cell in notebook["cells"] for output in cell.get("outputs", []))
-    assert len(list((path / "figures").glob("*.png"))) >= 2
-    # the runs are there: nothing is made again, and a failed look-up of one is no failure of the rest
+    assert len(list((run.path / "figures").glob("*.png"))) >= 2
+    # the run is there: nothing is made again, and it tells how long another takes
     lines: list[str] = []
-    frame = sweep.run({"base": REAL, "seeds": [3]}, log=lines.append)
-    assert lines == ["sweep: 1 runs, 1 finished before, 0 to do"] and frame["run"][0] == path.name
-    assert (
-        sweep.estimate(
-            sweep.expand({"base": REAL, "seeds": [4]}), sweep.expand({"base": REAL, "seeds": [4]}).jobs, workers=1
-        )
-        > 10
-    )
-    assert set(results.load()["run"]) == {path.name}
+    frame = sweep.run(file, log=lines.append)
+    assert lines == ["sweep: 1 runs, 1 finished before, 0 to do"] and list(frame["run"]) == [name]
+    more = sweep.expand(file | {"seeds": [4]})
+    assert (sweep.estimate(more, workers=1) or 0) > 0
+    assert set(results.load()["run"]) == {name}
+
+
+def same_as_undisturbed(run: Run, parameters: dict[str, Any], folder: Path) -> None:
+    """The run is, bit for bit, what one in this process is that nobody stopped."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        e = Experiment.from_mapping(parameters | {"runs_dir": str(folder / "undisturbed")})
+        quiet = experiment.run(e, log=lambda _text: None)
+    finally:
+        torch.set_num_threads(before)
+    assert not quiet.manifest.get("resumed") and quiet.path.name == run.path.name
+    assert timeless(quiet.summary) == timeless(run.summary)
+    for name in ("weights.safetensors", "predictions.csv", "classes.csv"):
+        assert (quiet.path / name).read_bytes() == (run.path / name).read_bytes(), name
+    rows = [[timeless(row) for row in one.metrics.to_dict("records")] for one in (quiet, run)]
+    assert rows[0] == rows[1]
 
 
 def test_without_a_notebook_the_worker_makes_the_same_run(tmp_path):
-    """One of two is not finite, the other's worker is killed: the first is reported, the second ends as if nothing had been."""
-    base = {"train_fraction": 0.1, "schedule": "2,p,2", "device": "cpu", "runs_dir": str(tmp_path / "direct")}
+    """One of two is not finite, the other's worker is killed: the first is reported, the second ends as ever."""
+    base = {"train_fraction": 0.05, "schedule": "2,p,2", "device": "cpu", "runs_dir": str(tmp_path / "direct")}
     file = {"notebook": "none", "base": base, "arms": {"not finite": {"lr": 1e30}, "fine": {}}}
     frames: list[pd.DataFrame] = []
-    thread = threading.Thread(
-        target=lambda: frames.append(sweep.run(file, workers=1, threads=1, log=lambda _text: None))
-    )
+    options: dict[str, Any] = {"workers": 1, "threads": 1, "log": lambda _text: None}
+    thread = threading.Thread(target=lambda: frames.append(sweep.run(file, **options)))
     thread.start()
-
-    def begun() -> bool:
-        fine = [
-            path
-            for path in (tmp_path / "direct").glob("*/checkpoint.pt")
-            if path.parent.joinpath("metrics.jsonl").stat().st_size
-        ]
-        return bool(fine)
-
-    until(begun)
+    until(lambda: epochs(tmp_path / "direct"))
     (worker,) = descendants(os.getpid())
     worker.kill()
     thread.join(300)
@@ -596,42 +624,23 @@ def test_without_a_notebook_the_worker_makes_the_same_run(tmp_path):
     failed = frame.loc["not finite"]
     assert failed["error"].startswith("NonFiniteLoss: the loss is not finite in epoch 1") and failed["cell"] == ""
     assert "Traceback" in Path(failed["kept"]).read_text()
-    made = tmp_path / "direct" / frame["run"]["fine"]
-    assert len(Run(made).manifest["resumed"]) == 1 and not (made / "notebook.ipynb").exists()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        here = experiment.run(
-            Experiment.from_mapping(base | {"runs_dir": str(tmp_path / "here")}), log=lambda _text: None
-        )
-    finally:
-        torch.set_num_threads(before)
-    assert here.path.name == made.name and timeless(here.summary) == timeless(Run(made).summary)
-    assert (here.path / "weights.safetensors").read_bytes() == (made / "weights.safetensors").read_bytes()
+    made = Run(tmp_path / "direct" / frame["run"]["fine"])
+    assert len(made.manifest["resumed"]) == 1 and not (made.path / "notebook.ipynb").exists()
+    same_as_undisturbed(made, base, tmp_path)
 
 
-def test_the_time_of_runs_is_estimated_from_runs_on_the_same_data(tmp_path, monkeypatch):
-    monkeypatch.setenv("PA_RUNS", str(tmp_path))
-    measured = {
-        "data_dir": [None, "/there/pets", "/there/cars"],
-        "dataset": ["fashion_mini", "folder", "folder"],
-        "train_seconds": [10.0, 20.0, 60.0],
-    }
-    fixed = {
-        "status": "finished",
-        "epochs": 10,
-        "proxy_seconds": 0.0,
-        "model": "test_resnet",
-        "train_fraction": 1.0,
-        "protocol": "clean",
-    }
-    (tmp_path / "some").mkdir()
-    (tmp_path / "some" / "manifest.json").touch()
-    monkeypatch.setattr(results, "load", lambda _runs_dir: pd.DataFrame(measured | fixed))
+def test_the_time_of_runs_is_estimated_from_runs_on_the_same_data(monkeypatch):
+    known = pd.DataFrame(
+        {
+            "data_dir": [None, "/there/pets", "/there/cars"],
+            "dataset": ["fashion_mini", "folder", "folder"],
+            "train_seconds": [10.0, 20.0, 60.0],
+        }
+    ).assign(epochs=10, proxy_seconds=0.0, model="test_resnet", train_fraction=1.0, protocol="clean")
+    monkeypatch.setattr(sweep, "_known", lambda _runs_dir: known)
     for place, each in ((None, 1.0), ("/there/pets", 2.0), ("/there/cars", 6.0)):
         base = {"schedule": "10"} | ({"dataset": "folder", "data_dir": place} if place else {})
-        for notebook, start in (("03_proxy_loop", 10), ("none", 2)):
-            some = sweep.expand({"base": base, "seeds": [0, 1, 2, 3], "notebook": notebook})
-            assert sweep.estimate(some, some.jobs, workers=2) == 4 * (10 * each + start) / 2
-    other = sweep.expand({"base": {"dataset": "folder", "data_dir": "/there/boats"}, "seeds": [0]})
-    assert sweep.estimate(other, other.jobs, workers=2) is None
+        some = sweep.expand({"base": base, "seeds": [0, 1, 2, 3], "notebook": "none"})
+        assert sweep.estimate(some, workers=2) == 4 * 10 * each / 2
+    other = sweep.expand({"base": {"dataset": "folder", "data_dir": "/there/boats"}, "seeds": [0], "notebook": "none"})
+    assert sweep.estimate(other, workers=2) is None

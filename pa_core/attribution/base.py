@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,27 +15,18 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from pa_core.models import Classifier
 from pa_core.params import derived_seed
 
-AT_ONCE = 64
-"""Variants of the images that a method with many passes has in memory at once; more only where the batch itself is larger."""
+AT_ONCE = 64  # variants of the images that a method holds in memory at once, unless the batch itself is larger
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What one call explains.
+    """What one call explains."""
 
-    Attributes:
-        model: in eval mode.
-        images: [N, 3, S, S] in [0, 1].
-        target: [N] int64, the class to explain.
-        ids: one text per image; seeds whatever is drawn for it.
-        seed: seeds it too.
-    """
-
-    model: Classifier
-    images: Tensor
-    target: Tensor
-    ids: Sequence[str]
-    seed: int
+    model: Classifier  # in eval mode
+    images: Tensor  # [N, 3, S, S] in [0, 1]
+    target: Tensor  # [N] int64, the class to explain
+    ids: Sequence[str]  # one text per image; seeds whatever is drawn for it
+    seed: int  # seeds it too
 
 
 def score(logits: Tensor, target: Tensor) -> Tensor:
@@ -62,23 +54,24 @@ def blur(maps: Tensor, *, sigma: float) -> Tensor:
     return gaussian_blur(across, kernel_size=[1, kernel], sigma=[sigma] * 2).squeeze(1)
 
 
-def generator(seed: int, *labels: object) -> torch.Generator:
-    """A CPU generator of its own, so that the same numbers are drawn for every device."""
-    return torch.Generator().manual_seed(derived_seed(seed, *labels))
-
-
 @contextmanager
 def as_found(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode within; every module's own mode, the parameters' ``.grad`` and the RNG states as found afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    device = next(model.parameters()).device
+    device, state = next(model.parameters()).device, np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model.eval()
         try:
             yield
         finally:
+            np.random.set_state(state)
             for module, training in modes:
                 module.training = training
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+
+
+def generator(seed: int, *labels: object) -> torch.Generator:
+    """A CPU generator of its own, so that the same numbers are drawn for every device."""
+    return torch.Generator().manual_seed(derived_seed(seed, *labels))

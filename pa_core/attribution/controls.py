@@ -12,24 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pa_core.attribution.base import Request, blur, generator
-from pa_core.params import ParameterError, derived_seed
+from pa_core.errors import ParameterError
+from pa_core.params import derived_seed
 
-ASPECT = 0.3
-"""The flattest rectangle, height : width; the tallest is its inverse."""
+ASPECT = 0.3  # the flattest rectangle, height : width; the tallest is its inverse
 
 
-def random(request: Request) -> Tensor:
-    """Uniform noise per pixel, seeded per image id."""
-    return _noise(request, "random")
+def random(request: Request, label: str = "random") -> Tensor:
+    """uniform noise per pixel, seeded per image id."""
+    size = request.images.shape[-1]
+    maps = [torch.rand(size, size, generator=generator(request.seed, label, name)) for name in request.ids]
+    return torch.stack(maps).to(request.images.device)
 
 
 def random_blur(request: Request) -> Tensor:
-    """A smooth random field: noise per pixel, blurred with sigma S / 8; seeded per image id."""
-    return blur(_noise(request, "random_blur"), sigma=request.images.shape[-1] / 8)
+    """a smooth random field: noise per pixel, blurred with sigma S / 8; seeded per image id."""
+    return blur(random(request, "random_blur"), sigma=request.images.shape[-1] / 8)
 
 
 def center(request: Request) -> Tensor:
-    """A Gaussian of sigma S / 4 in the middle of the image."""
+    """a Gaussian of sigma S / 4 in the middle of the image."""
     size = request.images.shape[-1]
     at = torch.arange(size, device=request.images.device) - (size - 1) / 2
     bell = torch.exp(-(at**2) / (2 * (size / 4) ** 2))
@@ -37,10 +39,10 @@ def center(request: Request) -> Tensor:
 
 
 def rectangle(request: Request) -> Tensor:
-    """Rectangles one inside the other, so that every quantile masks one: random erasing with the dose of the other masks.
+    """rectangles one inside the other, so that every quantile masks one (as in random erasing, Zhong et al. 2020).
 
-    As in Zhong et al. 2020 each lies within the image, at every place with the same probability, and its aspect ratio (height :
-    width) is drawn from 0.3 to 1 / 0.3, here on a log scale; both are seeded per image id.
+    Each lies within the image, at every place with the same probability, and its aspect ratio (height : width) is drawn
+    from 0.3 to 1 / 0.3, here on a log scale; both are seeded per image id.
     """
     size, maps = request.images.shape[-1], []
     for name in request.ids:
@@ -58,7 +60,7 @@ def _reach(place: Tensor, size: int) -> Tensor:
 
 
 def edges(request: Request) -> Tensor:
-    """Magnitude of the luminance's Sobel gradient, blurred with sigma S / 32."""
+    """magnitude of the luminance's Sobel gradient, blurred with sigma S / 32."""
     weights = torch.tensor([0.299, 0.587, 0.114], device=request.images.device)  # ITU-R BT.601
     luminance = torch.einsum("nchw,c->nhw", request.images.float(), weights).unsqueeze(1)
     sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=request.images.device)
@@ -68,27 +70,16 @@ def edges(request: Request) -> Tensor:
 
 
 def uniform(request: Request) -> Tensor:
-    """The same everywhere: a blank map, 0 after scaling. A quantile masks places at random, an absolute threshold none."""
+    """the same everywhere, 0 after scaling: a quantile masks places at random, an absolute threshold none."""
     return torch.zeros_like(request.images[:, 0], dtype=torch.float32)
 
 
 def derangement(ids: Sequence[str], seed: int) -> Tensor:
-    """Who gets whose map under ``shuffled``: [N] int64 on the CPU, image i gets the map of image ``derangement[i]``.
+    """Whose map each image gets under ``permute_maps``: [N] int64 on the CPU, image i that of image ``derangement[i]``.
 
-    One cycle through all images, in an order seeded by the ids: nobody gets their own.
-
-    Raises:
-        ParameterError: fewer than two images.
+    One cycle through all images, in an order seeded by the ids: none gets its own. ParameterError: fewer than two.
     """
     if len(ids) < 2:
-        raise ParameterError("xai", "shuffled", f"it needs at least two images, here is {len(ids)}; raise fraction")
-    order = sorted(range(len(ids)), key=lambda i: derived_seed(seed, "shuffled", ids[i]))
-    donor = torch.empty(len(order), dtype=torch.long)
-    donor[torch.tensor(order)] = torch.tensor(order[1:] + order[:1])
-    return donor
-
-
-def _noise(request: Request, label: str) -> Tensor:
-    size = request.images.shape[-1]
-    maps = [torch.rand(size, size, generator=generator(request.seed, label, name)) for name in request.ids]
-    return torch.stack(maps).to(request.images.device)
+        raise ParameterError("permute_maps", True, f"must be false where {len(ids)} images get a map; raise fraction")
+    order = torch.tensor(sorted(range(len(ids)), key=lambda i: derived_seed(seed, "shuffled", ids[i])))
+    return torch.empty_like(order).scatter_(0, order, order.roll(-1))

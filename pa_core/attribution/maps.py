@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pa_core.attribution.base import Request, as_found, blur, resize, scale
 from pa_core.attribution.cams import cam_grids
-from pa_core.attribution.controls import derangement
 from pa_core.attribution.table import METHODS, check, fused, resolve
+from pa_core.errors import ParameterError
 from pa_core.models import Classifier
-from pa_core.params import ParameterError
+
+STORED_SIZE = 56  # side of the largest map that ``explain`` gives, apart from a CAM on its own grid
 
 
 def heatmaps(
@@ -25,45 +27,47 @@ def heatmaps(
     ids: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Heatmaps of a batch.
+    """Heatmaps of a batch, [N, 3, S, S] float in [0, 1] on the model's device -> [N, S, S] float32 in [0, 1].
 
-    Args:
-        model: any mode; it is explained in eval mode and left in its own.
-        images: [N, 3, S, S] float in [0, 1], on the model's device.
-        method: a name in ``METHODS`` or an alias.
-        target: [N] int64, the class explained; by default the predicted one.
-        smooth: ``none``; ``gaussian``, a blur with sigma S / 32; ``eigen``, the first principal component of a CAM's
-            evidence instead of its sum; ``flip``, the mean with the map of the mirrored image, mirrored back.
-        ids: one text per image, seeds controls and noise; by default "0", "1", ...
-        seed: seeds them too.
-
-    Returns:
-        [N, S, S] float32 in [0, 1].
-
-    Raises:
-        ParameterError: an unknown method, one that cannot be smoothed like that, or one that cannot explain this model.
+    ``method`` is a name in ``METHODS`` or an alias; ``target`` [N] int64 the class explained, by default the predicted
+    one. ``smooth`` is ``none``; ``gaussian``, a blur with sigma S / 32; ``eigen``, the first principal component of a
+    CAM's evidence instead of its sum; ``flip``, the mean with the map of the mirrored image, mirrored back. ``ids``,
+    one text per image, by default "0", "1", ..., seed controls and noise together with ``seed``.
+    ParameterError: an unknown method, one that cannot be smoothed like that, or one that cannot explain this model.
     """
-    method = resolve(method)
     check(method, smooth=smooth, model=model)
-    ids = [str(i) for i in range(len(images))] if ids is None else list(ids)
-    size = images.shape[-1]
     if len(images) == 0:
-        return images.new_zeros((0, size, size), dtype=torch.float32)
-    with as_found(model):
-        if fused(method, smooth):
-            maps, _ = grids(model, images, method=method, target=target, smooth=smooth)
-            if METHODS[method].dealt:
-                maps = maps[derangement(ids, seed).to(maps.device)]
-            return from_grids(maps, image_size=size, smooth=smooth)
-        if target is None:
-            with torch.no_grad():
-                target = model(images).argmax(1)
-        request = Request(model=model, images=images.detach(), target=target, ids=ids, seed=seed)
-        maps = _raw(request, method)
-        if smooth == "flip":
-            mirrored = Request(model=model, images=request.images.flip(-1), target=target, ids=ids, seed=seed)
-            maps = (scale(maps) + scale(_raw(mirrored, method).flip(-1))) / 2
-        return from_grids(maps, image_size=size, smooth=smooth)
+        return torch.zeros(images[:, 0].shape, device=images.device)
+    ids = [str(i) for i in range(len(images))] if ids is None else ids
+    return _heatmaps(model, images, method, target, smooth, ids, seed)
+
+
+def explain(
+    model: Classifier, images: Tensor, *, method: str, target: Tensor, smooth: str, ids: Sequence[str], seed: int
+) -> Tensor:
+    """Heatmaps as a proxy step stores them: [N, h, w] float16 in [0, 1]. Arguments as for ``heatmaps``, N at least 1.
+
+    A CAM comes on its own grid, unless it is smoothed by ``gaussian`` or ``flip``; anything else is computed at S x S
+    and resized to at most 56 x 56. Whether the method can explain the model is not checked: ``check`` is for once per
+    run, this for every batch.
+    """
+    if fused(method, smooth) and smooth != "gaussian":
+        with as_found(model):
+            return stored(grids(model, images, method=method, target=target, smooth=smooth)[0])
+    maps = _heatmaps(model, images, method, target, smooth, ids, seed)
+    size = min(maps.shape[-1], STORED_SIZE)
+    return F.interpolate(maps[:, None], size=(size, size), mode="bilinear", antialias=True)[:, 0].half()
+
+
+def stored(maps: Tensor) -> Tensor:
+    """Raw maps of ``grids`` [N, h, w] -> what ``explain`` gives for them: [N, h, w] float16 in [0, 1]."""
+    return scale(maps.float()).half()
+
+
+def upsampled(maps: Tensor, size: int, *, smooth: str = "none") -> Tensor:
+    """Raw or stored maps [N, h, w] -> [N, size, size] float32 in [0, 1]: resized, blurred for ``gaussian``, scaled."""
+    maps = resize(maps.float(), size)
+    return scale(blur(maps, sigma=size / 32) if smooth == "gaussian" else maps)
 
 
 def grids(
@@ -71,43 +75,34 @@ def grids(
 ) -> tuple[Tensor, Tensor]:
     """A CAM's raw maps together with the logits, from one forward pass and a backward pass down to the CAM layer.
 
-    To be called within ``as_found``. With ``shuffled`` these are each image's own Grad-CAM maps: the caller deals them out,
-    ``maps[derangement(ids, seed)]``, over as many images as it has.
-
-    Args:
-        model: in eval mode.
-        images: [N, 3, S, S] float in [0, 1].
-        method, smooth: such that ``fused(method, smooth)``.
-        target: [N] int64, the class explained; by default the predicted one, from this very pass.
-
-    Returns:
-        maps: [N, h, w] float32, at least 0, on the CAM layer's grid, not scaled.
-        logits: [N, classes].
-
-    Raises:
-        ParameterError: a method or a smoothing that needs more than this pass.
+    Arguments as for ``heatmaps``, but the model is in eval mode, as within ``as_found``, and the class explained is by
+    default the one that this very pass predicts. Maps are [N, h, w] float32, at least 0, on the CAM layer's grid, not
+    scaled; logits [N, classes]. ParameterError: more than this pass is needed, see ``fused``.
     """
+    if not fused(method, smooth):
+        raise ParameterError("xai", method, "must be a CAM, smoothed by none, gaussian or eigen, to take one pass")
     row = METHODS[resolve(method)]
-    if not row.grid:
-        raise ParameterError("xai", method, f"allowed is one of {', '.join(n for n, r in METHODS.items() if r.grid)}")
-    if smooth == "flip":
-        raise ParameterError("smooth", smooth, "it takes a second pass; allowed is none, gaussian or eigen")
-    component = row.component or smooth == "eigen"
-    return cam_grids(model, images.detach(), evidence=row.compute, target=target, component=component)
+    return cam_grids(model, images.detach(), target, row.compute, component=row.component or smooth == "eigen")
 
 
-def from_grids(maps: Tensor, *, image_size: int, smooth: str = "none") -> Tensor:
-    """Raw maps [N, h, w] -> heatmaps [N, S, S] float32 in [0, 1]: resized, blurred if ``smooth`` is gaussian, scaled."""
-    maps = resize(maps.float(), image_size)
-    return scale(blur(maps, sigma=image_size / 32) if smooth == "gaussian" else maps)
+def _heatmaps(
+    model: Classifier, images: Tensor, method: str, target: Tensor | None, smooth: str, ids: Sequence[str], seed: int
+) -> Tensor:
+    """``heatmaps`` without its check."""
+    row, size = METHODS[resolve(method)], images.shape[-1]
+    with as_found(model):
+        if fused(method, smooth):
+            maps, _ = grids(model, images, method=method, target=target, smooth=smooth)
+            return upsampled(maps, size, smooth=smooth)
+        with torch.no_grad():
+            explained = model(images).argmax(1) if target is None else target
 
+        def raw(images: Tensor) -> Tensor:
+            if row.grid:
+                return resize(grids(model, images, method=method, target=explained)[0], size)
+            return row.compute(Request(model=model, images=images, target=explained, ids=ids, seed=seed)).float()
 
-def _raw(request: Request, method: str) -> Tensor:
-    """The raw map [N, S, S] of any method, unsmoothed."""
-    row = METHODS[method]
-    if not row.grid:
-        return row.compute(request).detach().float()
-    maps, _ = grids(request.model, request.images, method=method, target=request.target)
-    if row.dealt:
-        maps = maps[derangement(request.ids, request.seed).to(maps.device)]
-    return resize(maps, request.images.shape[-1])
+        maps = raw(images.detach()).detach()
+        if smooth == "flip":
+            maps = (scale(maps) + scale(raw(images.detach().flip(-1)).detach().flip(-1))) / 2
+        return upsampled(maps, size, smooth=smooth)

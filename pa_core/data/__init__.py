@@ -1,13 +1,10 @@
-"""Datasets: registry, splits by image id, images decoded once, augmentation in batches.
+"""Datasets: names, splits by image id, images decoded once.
 
-One link of the package's chain. Inside, a module imports only those before it:
-
-    decode -> workers -> store -> folder -> sources -> splits -> augment -> dataset
+A module imports only those before it: decode -> cache -> sources -> splits -> dataset.
 """
 
-from pa_core.data.augment import Mixing, augment, mix
-from pa_core.data.dataset import Dataset, Part, load
+from pa_core.data.dataset import Dataset, Part, fits, identify, load, send
+from pa_core.data.decode import UNREADABLE, read_image
 from pa_core.data.sources import DATASETS, names
-from pa_core.data.store import Placement, place, send
 
-__all__ = ["DATASETS", "Dataset", "Mixing", "Part", "Placement", "augment", "load", "mix", "names", "place", "send"]
+__all__ = ["DATASETS", "UNREADABLE", "Dataset", "Part", "fits", "identify", "load", "names", "read_image", "send"]

@@ -1,24 +1,12 @@
-"""A dataset's name -> its images, labels and official parts, before any is decoded.
-
-Three kinds: ``fashion_mini``, which comes with the package; sets that torchvision knows, by a
-table; and ``folder``.
-"""
+"""A dataset's name -> its images, before any is read: the embedded set, torchvision's, and class folders."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import inspect
-import lzma
 import os
-import pickle
-import sys
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,184 +14,21 @@ from typing import Any
 import numpy as np
 import torchvision
 from PIL import Image
-from torch.utils.data import ConcatDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from pa_core.data import decode, folder, store, workers
-from pa_core.params import ParameterError, data_home, nearest
+from pa_core import files
+from pa_core.data.cache import Catalogue, Entry, Source
+from pa_core.data.decode import content_digest, one_line
+from pa_core.errors import ParameterError, did_you_mean
 
-UNFINISHED = ".download_unfinished"
-SIZES = (32, 64, 96, 128, 224)
-PARTS = ("train", "val", "test")
-EMBEDDED = Path(__file__).resolve().parents[1] / "fashion_mini" / "fashion_mini.npz"
+FASHION_MINI = Path(__file__).resolve().parents[1] / "fashion_mini" / "fashion_mini.npz"
+TORCHVISION = files.read_yaml(Path(__file__).with_name("torchvision.yaml"))
+DATASETS: dict[str, Any] = {"fashion_mini": None, **TORCHVISION, "folder": None}
+"""Every dataset by name; torchvision's with what ``torchvision.yaml`` says of them."""
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Source:
-    """Images that are known but not decoded yet. N counts all files, the broken ones too.
-
-    Attributes:
-        name: the dataset's name.
-        origin: parameter and value to blame for what is wrong with the images.
-        classes: names, by label.
-        ids: unique, sorted within a part.
-        labels: int64 [N].
-        parts: official part of each: ``train``, ``val`` or ``test``.
-        digests: SHA-256 (hex) of each, see :func:`pa_core.data.decode.digest`; empty where it could
-            not be read.
-        sizes: int64 [N, 2], height and width as stored.
-        bad: rows that are no images, with the reason.
-        image_size: what it is when none is asked for.
-        things: gives the N files or images themselves; may take a while.
-        ready: uint8 [N, 3, S, S], where the images of the default size need no decoding.
-    """
-
-    name: str
-    origin: tuple[str, Any]
-    classes: tuple[str, ...]
-    ids: tuple[str, ...]
-    labels: np.ndarray
-    parts: np.ndarray
-    digests: tuple[str, ...]
-    sizes: np.ndarray
-    bad: Mapping[int, str]
-    image_size: int
-    things: Callable[[], Sequence[decode.Thing]]
-    ready: np.ndarray | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A dataset of torchvision.
-
-    Attributes:
-        cls: name of its class in ``torchvision.datasets``.
-        image_size: when none is asked for.
-        train, val, test: arguments that give the part; where there is no official one, None.
-        files: what to put where by hand, relative to the data folder.
-        download: whether torchvision can fetch it.
-        classes: names, where torchvision has none.
-    """
-
-    cls: str
-    image_size: int
-    train: Mapping[str, Any]
-    files: str
-    val: Mapping[str, Any] | None = None
-    test: Mapping[str, Any] | None = None
-    download: bool = True
-    classes: tuple[str, ...] = ()
-
-
-def _digits(n: int = 10) -> tuple[str, ...]:
-    return tuple(f"{i:0{len(str(n - 1))}d}" for i in range(n))
-
-
-_IDX = "raw/ with the unpacked files {train,t10k}-{images-idx3,labels-idx1}-ubyte"
-_BOOL = {"train": {"train": True}, "test": {"train": False}}
-_TWO = {"train": {"split": "train"}, "test": {"split": "test"}}
-_THREE = {"train": {"split": "train"}, "val": {"split": "val"}, "test": {"split": "test"}}
-_FER = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
-
-# Official validation images stay validation images where there are test images too; else they are
-# the test part.
-TORCHVISION: dict[str, Row] = {
-    "fashion_mnist": Row(cls="FashionMNIST", image_size=28, files=f"FashionMNIST/{_IDX}", **_BOOL),
-    "mnist": Row(cls="MNIST", image_size=28, files=f"MNIST/{_IDX}", **_BOOL),
-    "kmnist": Row(cls="KMNIST", image_size=28, files=f"KMNIST/{_IDX}", **_BOOL),
-    "usps": Row(cls="USPS", image_size=16, files="usps.bz2 and usps.t.bz2", classes=_digits(), **_BOOL),
-    "cifar10": Row(
-        cls="CIFAR10",
-        image_size=32,
-        files="cifar-10-batches-py/ or cifar-10-python.tar.gz",
-        **_BOOL,
-    ),
-    "cifar100": Row(cls="CIFAR100", image_size=32, files="cifar-100-python/ or cifar-100-python.tar.gz", **_BOOL),
-    "svhn": Row(
-        cls="SVHN",
-        image_size=32,
-        files="train_32x32.mat and test_32x32.mat",
-        classes=_digits(),
-        **_TWO,
-    ),
-    "stl10": Row(
-        cls="STL10",
-        image_size=96,
-        files="stl10_binary/ or stl10_binary.tar.gz",
-        classes=_digits(),
-        **_TWO,
-    ),
-    "caltech101": Row(cls="Caltech101", image_size=128, files="caltech101/101_ObjectCategories/", train={}),
-    "caltech256": Row(cls="Caltech256", image_size=128, files="caltech256/256_ObjectCategories/", train={}),
-    "flowers102": Row(
-        cls="Flowers102",
-        image_size=224,
-        files="flowers-102/ with jpg/, imagelabels.mat and setid.mat",
-        **_THREE,
-    ),
-    "oxford_pets": Row(
-        cls="OxfordIIITPet",
-        image_size=224,
-        files="oxford-iiit-pet/ with images/ and annotations/",
-        train={"split": "trainval"},
-        test={"split": "test"},
-    ),
-    "imagenette": Row(
-        cls="Imagenette",
-        image_size=128,
-        files="imagenette2-160/ or imagenette2-160.tgz",
-        train={"split": "train", "size": "160px"},
-        test={"split": "val", "size": "160px"},
-    ),
-    "fer2013": Row(
-        cls="FER2013",
-        image_size=48,
-        files="fer2013/fer2013.csv or fer2013/icml_face_data.csv, from its Kaggle challenge",
-        download=False,
-        classes=_FER,
-        **_TWO,
-    ),
-    "places365": Row(
-        cls="Places365",
-        image_size=128,
-        files="categories_places365.txt, places365_{train_standard,val}.txt, data_256_standard/ and val_256/",
-        train={"split": "train-standard", "small": True},
-        test={"split": "val", "small": True},
-    ),
-    "food101": Row(
-        cls="Food101",
-        image_size=128,
-        files="food-101/ with images/ and meta/, or food-101.tar.gz",
-        **_TWO,
-    ),
-    "dtd": Row(cls="DTD", image_size=128, files="dtd/dtd/ with images/ and labels/", **_THREE),
-    "eurosat": Row(cls="EuroSAT", image_size=64, files="eurosat/2750/", train={}),
-    "gtsrb": Row(
-        cls="GTSRB",
-        image_size=32,
-        files="gtsrb/ with GTSRB/Training/, GTSRB/Final_Test/Images/ and GT-final_test.csv",
-        classes=_digits(43),
-        **_TWO,
-    ),
-    "stanford_cars": Row(
-        cls="StanfordCars",
-        image_size=224,
-        files="stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat",
-        download=False,
-        **_TWO,
-    ),
-    "fgvc_aircraft": Row(cls="FGVCAircraft", image_size=224, files="fgvc-aircraft-2013b/ with data/", **_THREE),
-    "country211": Row(
-        cls="Country211",
-        image_size=128,
-        files="country211/ with train/, valid/ and test/",
-        train={"split": "train"},
-        val={"split": "valid"},
-        test={"split": "test"},
-    ),
-}
-
-DATASETS: dict[str, Row | None] = {"fashion_mini": None, **TORCHVISION, "folder": None}
-"""Every dataset by name."""
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # subfolders, not classes
+# Extensions of image files, in upper or lower case; other files are left out without a word.
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".jp2", ".avif", ".tga", ".pbm", ".pnm", ".dib", ".apng")
 
 
 def names() -> list[str]:
@@ -212,242 +37,203 @@ def names() -> list[str]:
 
 
 def find(name: str, data_dir: str | None) -> Source:
-    """The images of a dataset, downloaded first where need be.
-
-    Raises:
-        ParameterError: the name is unknown, ``data_dir`` is no such folder, or the images are not
-            to be had.
-    """
+    """A dataset, not read yet; ParameterError where the name is unknown or ``data_dir`` is no folder that holds it."""
     if name not in DATASETS:
-        allowed = f"allowed is one of {', '.join(DATASETS)}"
-        text = f"there is no such dataset{nearest(name, DATASETS)}"
-        raise ParameterError("dataset", name, f"{text}; {allowed}")
+        raise ParameterError("dataset", name, f"must be one of {', '.join(DATASETS)}{did_you_mean(name, DATASETS)}")
     root = None if data_dir is None else Path(data_dir).expanduser().absolute()
     if root is not None and not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
-        raise ParameterError("data_dir", data_dir, f"it {what}; allowed is a folder that exists")
+        raise ParameterError("data_dir", data_dir, "must be a folder that exists")
     if name == "folder":
         if root is None:
-            allowed = "dataset = 'folder' needs it: the folder that holds the class folders"
-            raise ParameterError("data_dir", None, allowed)
+            raise ParameterError("data_dir", None, "must be the folder that holds the class folders")
         return _folder(root)
     if name == "fashion_mini":
         if root is not None:
-            allowed = "for a folder of class folders set dataset to folder"
-            raise ParameterError("data_dir", data_dir, f"fashion_mini comes with the package; {allowed}")
+            text = "must be none, for fashion_mini comes with the package (set dataset to folder for your own images)"
+            raise ParameterError("data_dir", data_dir, text)
         return _fashion_mini()
-    return _torchvision(name, TORCHVISION[name], root or data_home().absolute() / name)
+    return _torchvision(name, root or files.data_home().absolute() / name)
 
 
-# folder
-
-
-def _folder(root: Path) -> Source:
-    classes, files = folder.scan(root)
-    found = folder.describe(root, files)
-    bad = {row: reason for row, (*_, reason) in enumerate(found) if reason is not None}
-    bad |= {row: "lies in no class folder" for row, file in enumerate(files) if file.label < 0}
-    sizes = np.array([entry[1:3] for entry in found], dtype=np.int64).reshape(-1, 2)
-    return Source(
-        name="folder",
-        origin=("data_dir", str(root)),
-        classes=classes,
-        ids=tuple(file.id for file in files),
-        labels=np.array([file.label for file in files], dtype=np.int64),
-        parts=np.array([file.part for file in files]),
-        digests=tuple(entry[0] for entry in found),
-        sizes=sizes,
-        bad=bad,
-        image_size=_usual_size(np.delete(sizes, list(bad), axis=0)),
-        things=lambda: [file.path for file in files],
-    )
-
-
-def _usual_size(sizes: np.ndarray) -> int:
-    """The largest of SIZES that is not above the median shorter side; 32 for smaller images."""
-    median = float(np.median(sizes.min(axis=1))) if len(sizes) else 0
-    return max((size for size in SIZES if size <= median), default=SIZES[0])
-
-
-# fashion_mini
-
-
-def embedded() -> dict[str, np.ndarray]:
-    """The arrays of ``fashion_mini``: images uint8 [n, 28, 28], labels, rows in the originals."""
-    with np.load(EMBEDDED) as file:
-        return dict(file)
-
-
+@cache  # half a second, and the same for every run of a process
 def _fashion_mini() -> Source:
-    arrays, both = embedded(), ("train", "test")
-    images, labels = (np.concatenate([arrays[f"{part}_{kind}"] for part in both]) for kind in ("images", "labels"))
-    things = [Image.fromarray(image) for image in images]
+    entries = []
+    with np.load(FASHION_MINI) as file:
+        for part in ("train", "test"):
+            columns = (file[f"{part}_{kind}"] for kind in ("rows", "images", "labels"))
+            for row, image, label in zip(*columns, strict=True):
+                entries.append(Entry(f"{part}/{row:05d}", Image.fromarray(image), int(label), part))
+    found = [(e.id, e.label, e.part, content_digest(e.image), (28, 28), "") for e in entries]
+    catalogue = Catalogue(torchvision.datasets.FashionMNIST.classes, *map(list, zip(*found, strict=True)))
     return Source(
         name="fashion_mini",
         origin=("dataset", "fashion_mini"),
-        classes=tuple(torchvision.datasets.FashionMNIST.classes),
-        ids=tuple(f"{part}/{row:05d}" for part in both for row in arrays[f"{part}_rows"]),
-        labels=labels.astype(np.int64),
-        parts=np.repeat(both, [len(arrays[f"{part}_rows"]) for part in both]),
-        digests=tuple(decode.digest(thing) for thing in things),
-        sizes=np.full((len(images), 2), 28),
-        bad={},
+        state=lambda: "fixed",
+        open=lambda: (catalogue.classes, len(entries), entries.__getitem__),
         image_size=28,
-        things=lambda: things,
-        ready=np.repeat(images[:, None], 3, axis=1),
+        ready=(catalogue, np.stack([np.asarray(e.image) for e in entries])[:, None].repeat(3, axis=1)),
     )
 
 
-# torchvision
-
-FAILED = (
-    *(OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AssertionError),
-    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, pickle.UnpicklingError),
-    *(http.client.HTTPException, ImportError),
-)
-"""What torchvision raises when files are missing or damaged, or cannot be fetched."""
-
-
-class Things:
-    """The images of a dataset's parts, one after the other, and their labels."""
-
-    def __init__(self, parts: Mapping[str, Any]):
-        self.all = ConcatDataset(list(parts.values()))
-
-    def __len__(self) -> int:
-        return len(self.all)
-
-    def __getitem__(self, index: int) -> decode.Thing:
-        return self.pair(index)[0]
-
-    def pair(self, index: int) -> tuple[decode.Thing, int]:
-        """A path where the image is a file, else its pixels; and the label."""
-        thing, label = self.all[index]
-        if isinstance(thing, Image.Image) and getattr(thing, "filename", ""):
-            thing.close()  # opened, not decoded yet: the workers do that
-            thing = os.fspath(thing.filename)
-        return thing, int(label)
+def _folder(root: Path) -> Source:
+    """A folder of class folders. It is only read."""
+    try:
+        classes, entries = _scan(root)
+    except PermissionError as error:
+        text = f"must be a folder that you may read ({error.filename} is not)"
+        raise ParameterError("data_dir", str(root), text) from error
+    state = _stamp(str(entry.image) for entry in entries)
+    return Source(
+        name="folder",
+        folder=os.path.realpath(root),
+        origin=("data_dir", str(root)),
+        state=lambda: state,
+        open=lambda: (classes, len(entries), entries.__getitem__),
+    )
 
 
-def _torchvision(name: str, row: Row, root: Path) -> Source:
-    opened = cache(lambda: _get(name, row, root))  # at most once, and not when all is cached
-    path = folder.index_path("torchvision", name, os.path.realpath(root))
-    kept = folder.read_index(path)
-    if kept is None or kept["mark"] != _mark(row, root):
-        kept = _examine(name, row, root, opened())
-        folder.write_index(path, kept)
-    described = kept["described"]
+def _scan(root: Path) -> tuple[list[str], list[Entry]]:
+    """Class names, sorted, and the image files, sorted by id: the path relative to the root."""
+    parts = _parts(root)
+    folders = {part: {path.name for path in _subfolders(top)} for part, top in parts.items()}
+    numbers = {name: number for number, name in enumerate(sorted(folders["train"]))}
+    if len(numbers) < 2:
+        raise _refusal(root, f"it holds {f'only one class ({min(numbers)})' if numbers else 'no class'}")
+    entries = []
+    for part, top in parts.items():
+        if unknown := ", ".join(sorted(folders[part] - folders["train"])):
+            raise _refusal(root, f"{top.name}/ has classes that {parts['train'].name}/ lacks: {unknown}")
+        images = [path for path in _walk(top) if has_file_allowed_extension(path, EXTENSIONS)]
+        if not images:
+            raise _refusal(root, f"{top.name}/ holds no image")
+        for path in images:
+            id_ = os.path.relpath(path, root).replace(os.sep, "/")
+            folder, *below = id_.split("/")[top != root :]
+            entries.append(Entry(id_, path, numbers[folder] if below else -1, part))
+    return list(numbers), sorted(entries)
+
+
+def _parts(root: Path) -> dict[str, Path]:
+    """The folder of each part; just ``train``, the folder itself, where it has no parts."""
+    folders = _subfolders(root)
+    named = [folder for folder in folders if folder.name.lower() in PARTS]
+    parts = {PARTS[folder.name.lower()]: folder for folder in named}
+    if "train" not in parts or (len(named) == 1 and len(folders) > 1):
+        return {"train": root}  # "train" may well be a class, beside "bus" and "tram"
+    names = ", ".join(f"{folder.name}/" for folder in named)
+    if others := ", ".join(f"{folder.name}/" for folder in folders if folder not in named):
+        raise _refusal(root, f"{names} stand beside other folders ({others}), so which are classes is not clear")
+    if len(parts) < len(named):
+        raise _refusal(root, f"two of {names} are for the same part")
+    return {part: parts[part] for part in ("train", "val", "test") if part in parts}
+
+
+def _refusal(root: Path, found: str) -> ParameterError:
+    text = "must be a folder with a subfolder of images for each class (two or more), or with train/ and, if you like, "
+    return ParameterError("data_dir", str(root), f"{text}val/ and test/, each of which holds such subfolders; {found}")
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _hidden(path.name))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini", "__macosx")
+
+
+def _walk(top: Path) -> Iterator[str]:
+    """Files below a folder but hidden ones; links are followed, each real folder once and none that holds ``top``."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    real = Path(os.path.realpath(top))
+    seen = {str(real), *map(str, real.parents)}
+    for here, folders, names in os.walk(top, onerror=fail, followlinks=True):
+        below = {name: os.path.realpath(os.path.join(here, name)) for name in sorted(folders) if not _hidden(name)}
+        folders[:] = [name for name, path in below.items() if path not in seen and not seen.add(path)]
+        yield from (os.path.join(here, name) for name in sorted(names) if not _hidden(name))
+
+
+def _stamp(paths: Iterable[str]) -> str:
+    """Changes when one of the files does: SHA-256 (hex) of their paths, sizes and times."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            status = os.stat(path)
+            path = f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        except OSError:
+            pass  # a link to nowhere; that is said when it is read
+        digest.update(f"{path}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _torchvision(name: str, root: Path) -> Source:
+    row = TORCHVISION[name]
     return Source(
         name=name,
+        folder=os.path.realpath(root),
         origin=("dataset", name),
-        classes=tuple(kept["classes"]),
-        ids=tuple(kept["ids"]),
-        labels=np.array(kept["labels"], dtype=np.int64),
-        parts=np.array(kept["parts"]),
-        digests=tuple(digest for digest, *_ in described),
-        sizes=np.array([size for _, *size, _ in described], dtype=np.int64).reshape(-1, 2),
-        bad={i: reason for i, (*_, reason) in enumerate(described) if reason is not None},
-        image_size=row.image_size,
-        things=lambda: Things(opened()),
+        state=lambda: f"{torchvision.__version__} {row} {_stamp(_walk(root))}",
+        open=lambda: _opened(name, root),
+        image_size=row["image_size"],
     )
 
 
-def _mark(row: Row, root: Path) -> str:
-    """Changes when any file below the root does, or what is read there."""
-    mark = hashlib.sha256(f"{torchvision.__version__} {row}".encode())
-    for entry in folder.walk(root) if root.exists() else ():
-        mark.update(f"{entry.path} {folder.stamp(entry)}\n".encode(errors="surrogateescape"))
-    return mark.hexdigest()
+def _opened(name: str, root: Path) -> tuple[list[str], int, Callable[[int], Entry]]:
+    parts = _get(name, root)
+    where = [(part, number) for part, images in parts.items() for number in range(len(images))]
+    some, row = parts["train"], TORCHVISION[name]
+    classes = getattr(some, "classes", None) or getattr(some, "categories", None) or row["classes"]
+    classes = [known if isinstance(known, str) else known[0] for known in classes]  # Imagenette has synonyms
+
+    def read(number: int) -> Entry:
+        part, number = where[number]
+        try:
+            image, label = parts[part][number]
+        except Exception as error:  # torchvision raises whatever its formats do
+            text = f"must be readable in {root} ({one_line(error)}), which needs {row['files']}"
+            raise ParameterError("dataset", name, text) from error
+        if isinstance(image, Image.Image) and (path := getattr(image, "filename", "")):
+            image.close()  # opened, not decoded yet
+            image = os.fspath(path)
+        id_ = Path(image).relative_to(root).as_posix() if isinstance(image, str) else f"{number:05d}"
+        return Entry(f"{part}/{id_}", image, int(label), part)
+
+    return classes, len(where), read
 
 
-def _examine(name: str, row: Row, root: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of every image, as it is kept in the index: id, label, part, digest, size."""
-    things, ids, labels, described, paths = Things(parts), [], [], [], []
-    of = [part for part, images in parts.items() for _ in range(len(images))]
-    number = [i for images in parts.values() for i in range(len(images))]
+def _get(name: str, root: Path) -> dict[str, Any]:
+    """torchvision's datasets by part, downloaded if need be; ParameterError says what to put where."""
+    row, fetched = TORCHVISION[name], TORCHVISION[name].get("download", True)
     try:
-        with workers.progress(len(things), f"reading {name}") as bar:
-            for index in range(len(things)):
-                thing, label = things.pair(index)
-                labels.append(label)
-                if isinstance(thing, str):
-                    paths.append(thing)
-                    ids.append(f"{of[index]}/{Path(thing).relative_to(root).as_posix()}")
-                else:
-                    described.append((*decode.describe(thing), None))
-                    ids.append(f"{of[index]}/{number[index]:05d}")
-                bar.update()
-    except FAILED as error:
-        text = f"an image or label in {root} cannot be read ({decode.reason(error)})"
-        raise ParameterError("dataset", name, f"{text}; it needs {row.files}") from error
-    if paths:
-        replies = workers.describe(paths, range(len(paths)), text=f"hashing {name}")
-        described = [(*(value or ("", 0, 0)), reason) for _, value, reason in replies]
-    classes = _classes(next(iter(parts.values())), row, max(labels) + 1)
-    kept = {"mark": _mark(row, root), "classes": classes, "ids": ids, "labels": labels, "parts": of}
-    return kept | {"described": described}
-
-
-def _classes(images: Any, row: Row, count: int) -> list[str]:
-    known = getattr(images, "classes", None) or getattr(images, "categories", None) or row.classes
-    known = known or _digits(count)
-    return [name if isinstance(name, str) else name[0] for name in known]  # Imagenette has synonyms
-
-
-def _get(name: str, row: Row, root: Path) -> dict[str, Any]:
-    """torchvision's datasets by part, downloaded if they are not there.
-
-    Raises:
-        ParameterError: they are not there and cannot be downloaded; says what to put where.
-    """
-    by_hand = f"put {row.files} into {root} and start again"
-    marker = root / UNFINISHED
-    if not marker.exists():
         try:
             return _open(row, root, download=False)
-        except FAILED as error:
-            if not row.download:
-                text = "torchvision cannot download it, nor read it from"
-                text = f"{text} {root} ({decode.reason(error)})"
-                raise ParameterError("dataset", name, f"{text}; {by_hand}") from error
-    path = folder.index_path("download", os.path.realpath(root)).with_suffix(".lock")
-    with store.writable():
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with store.lock(path, f"waiting for another process that downloads {name}"):
-        if marker.exists():  # and nobody is at it
-            text = f"its download was cut off; delete what is in {root}, {marker.name} too,"
-            raise ParameterError("dataset", name, f"{text} and start again")
-        print(f"downloading {name} to {root}", file=sys.stderr, flush=True)
-        try:
-            with _all_or_nothing(root, marker):
-                return _open(row, root, download=True)
-        except FAILED as error:
-            text = f"it could neither be read from {root} nor downloaded ({decode.reason(error)})"
-            raise ParameterError("dataset", name, f"{text}; {by_hand}") from error
+        except Exception:  # torchvision raises whatever it likes over files that are missing or damaged
+            if not fetched:
+                raise
+        print(f"downloading {name} to {root}", flush=True)
+        if any(_walk(root)):  # archives that lie there are unpacked, what is missing is fetched
+            return _open(row, root, download=True)
+        # torchvision takes half of an unpacked archive for all of it, so it unpacks elsewhere and the whole is moved.
+        new = root / ".download"
+        shutil.rmtree(new, ignore_errors=True)  # of a download that failed
+        new.mkdir(parents=True)
+        _open(row, new, download=True)
+        for path in list(new.iterdir()):
+            shutil.rmtree(root / path.name, ignore_errors=True)  # an empty folder that torchvision has made
+            path.replace(root / path.name)
+        new.rmdir()
+        return _open(row, root, download=False)
+    except Exception as error:
+        how = " or come by a download, and neither was possible" if fetched else ", for torchvision cannot download it"
+        text = f"must be in {root}{how} ({one_line(error)}); put {row['files']} into {root} and start again"
+        raise ParameterError("dataset", name, text) from error
 
 
-def _open(row: Row, root: Path, *, download: bool) -> dict[str, Any]:
-    kind = getattr(torchvision.datasets, row.cls)
-    known = inspect.signature(kind).parameters
-    options: dict[str, Any] = {"loader": str} if "loader" in known else {}  # a path stays a path
-    if "download" in known:
-        options["download"] = download
-    asked = {part: getattr(row, part) for part in PARTS}
-    return {part: kind(str(root), **some, **options) for part, some in asked.items() if some is not None}
-
-
-@contextmanager
-def _all_or_nothing(root: Path, marker: Path) -> Iterator[None]:
-    """Takes away what came newly when the download fails: torchvision would take half for all."""
-    root.mkdir(parents=True, exist_ok=True)
-    before = {marker, *root.rglob("*")}
-    marker.touch()
-    try:
-        yield
-    except BaseException:
-        new = set(root.rglob("*")) - before
-        for path in sorted(new, reverse=True):  # what is in a folder goes before it
-            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        raise
-    finally:
-        marker.unlink()
+def _open(row: dict[str, Any], root: Path, *, download: bool) -> dict[str, Any]:
+    kind = getattr(torchvision.datasets, row["cls"])
+    options: dict[str, Any] = {"loader": str, "download": download}  # with str as loader, a path stays a path
+    options = {name: options[name] for name in options.keys() & inspect.signature(kind).parameters}
+    return {part: kind(str(root), **some, **options) for part, some in row["parts"].items()}

@@ -1,30 +1,27 @@
-"""The recipe params/cifar10_fast.yaml beside a plain ResNet-18 of as many epochs: test accuracy over five seeds.
+"""The recipe params/cifar10_fast.yaml beside a plain ResNet-18 of as many epochs: test accuracy over seeds.
 
     python -m tests.bench.cifar10_fast [--data FOLDER] [--device cpu]
 
-FOLDER holds class folders; without it torchvision fetches the lossless set. Not a part of ``make bench``, which needs no data
-of its own. On a CPU it is reduced in scale: a 25th of the images, four epochs, smaller batches, bf16 for both.
+FOLDER holds class folders; without it torchvision fetches the lossless set. Not a part of ``make bench``, which needs
+no data of its own. On a CPU it is reduced in scale: a 25th of the images, four epochs, smaller batches, bf16 for both.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import torch
 from scipy import stats
 
+from pa_core.device import resolve_device
 from pa_core.experiment import run
 from pa_core.params import Experiment
 from pa_core.runs import Run
-from pa_core.train import resolve_device
 from tests.bench import harness
 
-RECIPE = Path(__file__).resolve().parents[2] / "params" / "cifar10_fast.yaml"
-SEEDS = range(5)
+RECIPE = harness.ROOT / "params" / "cifar10_fast.yaml"
 REDUCED = {"train_fraction": 0.04, "schedule": "4", "precision": "bf16"}
 REDUCED_RECIPE = REDUCED | {"batch_size": 64, "lr": 0.1}
 """Steps of 512 would be four an epoch; the rate is lower than linear scaling to 64 has it, as runs are short."""
@@ -32,11 +29,11 @@ REDUCED_RECIPE = REDUCED | {"batch_size": 64, "lr": 0.1}
 
 def contenders(data: str | None, device: torch.device) -> dict[str, Experiment]:
     where = {"device": str(device)} | ({"dataset": "folder", "data_dir": data} if data else {})
-    recipe = replace(Experiment.from_yaml(RECIPE), **where)
+    recipe = Experiment.from_yaml(RECIPE).replace(**where)
     same = ("dataset", "data_dir", "image_size", "folds", "schedule", "augment", "device")
     plain = Experiment(model="resnet18", **{name: getattr(recipe, name) for name in same})
     if device.type != "cuda":
-        recipe, plain = replace(recipe, **REDUCED_RECIPE), replace(plain, **REDUCED)
+        recipe, plain = recipe.replace(**REDUCED_RECIPE), plain.replace(**REDUCED)
     return {"recipe (resnet9, sgd)": recipe, "plain (resnet18, adamw)": plain}
 
 
@@ -66,21 +63,18 @@ def row(name: str, done: list[Run], *, data: str, device: torch.device) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.cifar10_fast")
     parser.add_argument("--data", help="a folder of class folders; without it the lossless set of torchvision")
-    parser.add_argument(
-        "--data-name", default="CIFAR-10", help="what the table calls the data, such as 'CIFAR-10 (JPEG)'"
-    )
+    parser.add_argument("--data-name", default="CIFAR-10", help="what the table calls it, such as 'CIFAR-10 (JPEG)'")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     device = resolve_device(options.device)
     named = contenders(options.data, device)
     done: dict[str, list[Run]] = {name: [] for name in named}
-    for seed in SEEDS:
+    for seed in range(options.seeds):
         for name, experiment in named.items():
-            done[name].append(run(replace(experiment, seed=seed)))
+            done[name].append(run(experiment.replace(seed=seed)))
     table = pd.DataFrame([row(name, runs, data=options.data_name, device=device) for name, runs in done.items()])
-    label = "cpu" if device.type == "cpu" else harness.device_name(device).lower().replace(" ", "-")
-    harness.FOLDER.mkdir(parents=True, exist_ok=True)
-    table.to_csv(harness.FOLDER / f"cifar10_fast_{label}.csv", index=False)
+    table.to_csv(harness.csv_path("cifar10_fast", device=device), index=False)
     print(table.drop(columns="versions").to_string(index=False))
 
 

@@ -1,8 +1,8 @@
-"""An epoch the usual way: PIL decodes each image and torchvision's transforms change it, in a DataLoader with workers, fp32.
+"""An epoch the usual way: PIL decodes each image, torchvision's transforms change it, in a DataLoader with workers.
 
-That is the reference, and how the predecessor trains: files are decoded and resized in every epoch, the network and the
-optimizer are as PyTorch gives them, and the loss is read in every step. ``pa_core`` trains the same network on the same JPEG
-files, decoded once before; what that took is not part of its rate and stands in a row of its own.
+That is the reference, and how the predecessor trains, in fp32: files are decoded and resized in every epoch, the
+network and the optimizer are as PyTorch gives them, and the loss is read in every step. ``pa_core`` trains the same
+network on the same JPEG files, decoded once before; what that took is not part of its rate and stands in its own row.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,13 +22,12 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from pa_core import data, models
-from pa_core.data.workers import cores
+from pa_core.batch import Pool
 from pa_core.params import Experiment
 from tests.bench import harness, synthetic
-from tests.bench.epoch import MANY
 
 CASES = {
-    "cpu": (("test_resnet", 28, 64, 1600), ("resnet18", 64, 64, 400)),
+    "cpu": (("test_resnet", 28, 64, 1280), ("resnet18", 64, 64, 256)),
     "cuda": (("resnet18", 64, 512, 20_000), ("resnet18", 224, 128, 6000)),
 }
 """Network, image size, batch, images."""
@@ -35,12 +35,12 @@ STORED = (256, 192)
 """Width and height of the JPEG files."""
 
 
-def run(device: torch.device) -> list[harness.Row]:
+def run(device: torch.device, rounds: int) -> list[harness.Row]:
     table = []
     for name, size, batch, n in CASES["cuda" if device.type == "cuda" else "cpu"]:
         with tempfile.TemporaryDirectory() as folder:
             made, decoding = contenders(Path(folder), name, size=size, batch=batch, n=n, device=device)
-            rates = harness.interleave(made, device=device, rounds=5) | {"decoding once": decoding}
+            rates = harness.interleave(made, device=device, rounds=rounds) | {"decoding once": decoding}
         table += harness.rows(f"{name} at {size}, batch {batch}", rates, reference="conventional", device=device)
     return table
 
@@ -63,19 +63,14 @@ def contenders(
 ) -> tuple[dict[str, Callable[[], int]], float]:
     """The two, and how many images a second are decoded into the cache."""
     pictures(folder / "images", n=n)
-    before = os.environ.get("PA_DATA")
-    os.environ["PA_DATA"] = str(folder / "cache")
-    try:
+    with mock.patch.dict(os.environ, PA_DATA=str(folder / "cache")):
         started = time.perf_counter()
         dataset = data.load(dataset="folder", data_dir=str(folder / "images"), image_size=size, folds=10)
         decoding = n / (time.perf_counter() - started)
-    finally:
-        os.environ.pop("PA_DATA") if before is None else os.environ.update(PA_DATA=before)
-    e, part = Experiment(model=name), dataset.train.on(device)
-    state = synthetic.state(e, size=size, device=device, steps=MANY)
-    ours = lambda: synthetic.epoch(state, part, e, draws=len(part), batch=batch)  # noqa: E731
+    pool = Pool.of(dataset.train.on(device))
+    ours = synthetic.training(pool, Experiment(model=name), device=device, batch=batch)
     usual = conventional(folder / "images" / "train", name, size=size, batch=batch, device=device)
-    return {"conventional": usual, "pa_core": ours}, decoding
+    return {"conventional": usual, harness.OURS: ours}, decoding
 
 
 def conventional(folder: Path, name: str, *, size: int, batch: int, device: torch.device) -> Callable[[], int]:
@@ -93,7 +88,7 @@ def conventional(folder: Path, name: str, *, size: int, batch: int, device: torc
         batch_size=batch,
         shuffle=True,
         drop_last=True,
-        num_workers=cores(),
+        num_workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         pin_memory=device.type == "cuda",
         persistent_workers=True,
     )

@@ -21,13 +21,14 @@ from pathlib import Path
 import torch
 
 OURS = "pa_core"
-FOLDER = Path(__file__).resolve().parents[2] / "figures" / "bench"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "figures" / "bench"
 PACKAGES = ("torch", "torchvision", "timm", "captum", "grad-cam")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of figures/bench/NAME_DEVICE.csv. ``ratio`` is ``value`` / the value of the contender named ``reference``."""
+    """A line of figures/bench/NAME_DEVICE.csv. ``ratio`` is ``value`` / that of the contender ``reference``."""
 
     benchmark: str
     contender: str
@@ -41,7 +42,7 @@ class Row:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], int]], *, device: torch.device, rounds: int = 7, warmup: int = 1
+    contenders: Mapping[str, Callable[[], int]], *, device: torch.device, rounds: int, warmup: int = 1
 ) -> dict[str, float]:
     """Median rate of each contender.
 
@@ -98,9 +99,9 @@ def rows(
 
 
 def in_process(module: str, *arguments: object) -> str:
-    """What ``python -m module arguments`` prints: peak memory is that of a process, so each contender gets a fresh one."""
+    """What ``python -m module arguments`` prints, such as the peak memory of a fresh process."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return done.stdout
@@ -128,11 +129,16 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def save(name: str, table: list[Row], *, device: torch.device, folder: Path = FOLDER) -> Path:
-    """Write figures/bench/NAME_DEVICE.csv, DEVICE being ``cpu`` or the GPU's name."""
+def csv_path(name: str, *, device: torch.device, folder: Path = FOLDER) -> Path:
+    """figures/bench/NAME_DEVICE.csv, DEVICE being ``cpu`` or the GPU's name."""
     label = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}_{label}.csv"
+    return folder / f"{name}_{label}.csv"
+
+
+def save(name: str, table: list[Row], *, device: torch.device, folder: Path = FOLDER) -> Path:
+    """Write a table; see :func:`csv_path`."""
+    path = csv_path(name, device=device, folder=folder)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()

@@ -1,4 +1,4 @@
-"""Peak memory of a proxy step that selects 1,000 of 10,000 images, and of one that selects them all: each in a process of its own.
+"""Peak memory of a proxy step that selects 1,000 of 10,000 images, and of one that selects all, each in a process.
 
 On a GPU what PyTorch allocated there, on a CPU the process's resident memory; the images themselves are in both.
 """
@@ -10,16 +10,14 @@ import sys
 
 import torch
 
-from pa_core import models, train
-from pa_core.params import Experiment
 from tests.bench import harness
-from tests.bench.proxy_step import step
+from tests.bench.proxy_step import network, step
 from tests.bench.synthetic import noise
 
 IMAGES, SIZE = 10_000, 64
 
 
-def run(device: torch.device) -> list[harness.Row]:
+def run(device: torch.device, rounds: int) -> list[harness.Row]:
     values = {}
     for selected in (1_000, IMAGES):
         printed = harness.in_process("tests.bench.proxy_memory", selected, device)
@@ -30,9 +28,8 @@ def run(device: torch.device) -> list[harness.Row]:
 
 def peak(selected: int, device: torch.device) -> float:
     """MiB."""
-    model = models.create("test_resnet", classes=10, image_size=SIZE).to(device).eval()
-    experiment = Experiment(schedule="1,p,1", fraction=selected / IMAGES)
-    step(model, noise(IMAGES, size=SIZE), experiment, device=device, dtype=train.resolve_precision("auto", device))
+    model = network("test_resnet", size=SIZE, device=device)
+    step(model, noise(IMAGES, size=SIZE), device=device, fraction=selected / IMAGES)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from pa_core import results
-from pa_core.params import Experiment
+from pa_core.lab import results
+from pa_core.params import SCHEMA, Experiment
 from tests.bench import harness
 
 RUNS, EPOCHS = 10_000, 40
@@ -21,12 +21,13 @@ def synthetic(home: Path, count: int) -> None:
     row = {"stage": 0, "train_loss": 0.5123456789, "train_accuracy": 0.8123, "val_loss": 0.6123456789, "lr": 1e-3}
     row |= {"val_accuracy": 0.7123, "images_per_second": 1234.5678, "seconds": 2.3456789}
     metrics = "".join(json.dumps({"epoch": epoch} | row) + "\n" for epoch in range(1, EPOCHS + 1))
-    summary = {name: 0.5 + 1e-9 for name in results.MEASURED} | {"epochs": EPOCHS}
+    summary = dict.fromkeys(results.MEASURED, 0.5 + 1e-09) | {"epochs": EPOCHS}
     for number in range(count):
         experiment = Experiment(seed=number, schedule="20,p,20", threshold=(number % 100) / 100)
         path = home / f"fashion-mini_test-resnet_20-p-20_{number:012x}"
         path.mkdir(parents=True)
         manifest = {
+            "schema": SCHEMA,
             "digest": f"{number:064x}",
             "parameters": experiment.to_dict(),
             "effective": experiment.effective(),
@@ -48,10 +49,9 @@ def synthetic(home: Path, count: int) -> None:
         (path / "metrics.jsonl").write_text(metrics)
 
 
-def run(device: torch.device) -> list[harness.Row]:
+def run(device: torch.device, rounds: int) -> list[harness.Row]:
     with tempfile.TemporaryDirectory() as folder:
         synthetic(Path(folder), RUNS)
-        time.sleep(results._SETTLED)
         values = {}
         for what, options in (("the first time", {}), ("again", {}), ("a row per epoch", {"epochs": True})):
             started = time.perf_counter()

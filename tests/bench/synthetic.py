@@ -1,17 +1,23 @@
-"""Random images of any number and size, as a training part: how fast they are learnt from does not depend on what they show."""
+"""Random images of any number and size as a training part: how fast they are learnt from does not depend on them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pa_core import models, train
+from pa_core.batch import Pool
 from pa_core.data import Part
+from pa_core.device import resolve_precision
 from pa_core.params import Experiment
+from pa_core.proxy import Step
 
 CLASSES = 10
+MANY = 10**6
+"""Steps of the learning rate's schedule; more than are taken."""
 
 
 def write(path: Path, *, n: int, size: int) -> None:
@@ -46,16 +52,25 @@ def over(pixels: np.ndarray) -> Part:
     )
 
 
-def state(e: Experiment, *, size: int, device: torch.device, steps: int) -> train.State:
-    """A network ready for ``steps`` steps of training."""
+def step(part: Part, *, share: float = 0.2, grid: int = 4) -> Step:
+    """Random maps of the first images of a part, as a proxy step keeps them."""
+    count = round(share * len(part))
+    maps = torch.rand(count, grid, grid, generator=torch.Generator().manual_seed(0)).half()
+    return Step(positions=torch.arange(count), maps=maps.to(part.resident or "cpu"))
+
+
+def state(e: Experiment, *, size: int, device: torch.device) -> train.State:
+    """A network ready to train."""
     model = models.create(e.model, classes=CLASSES, image_size=size, seed=0)
-    dtype = train.resolve_precision(e.precision, device)
-    return train.create_state(model, e, total_steps=steps, device=device, dtype=dtype)
+    return train.create_state(model, e, total_steps=MANY, device=device, dtype=resolve_precision(e.precision, device))
 
 
-def epoch(state: train.State, source: train.Source, e: Experiment, *, draws: int, batch: int) -> int:
-    """Train once on ``draws`` images; how many that were."""
-    train.train_one_epoch(
-        state, source, draws=draws, batch_size=batch, kinds=e.augment, label_smoothing=e.label_smoothing, seed=e.seed
-    )
-    return draws
+def training(pool: Pool, e: Experiment, *, device: torch.device, batch: int, draws: int = 0) -> Callable[[], int]:
+    """Work that trains a fresh network on as many images, all of the pool by default, and gives their number."""
+    trained, count = state(e, size=pool.part.shape[-1], device=device), draws or len(pool)
+
+    def work() -> int:
+        train.train_one_epoch(trained, pool, experiment=e, draws=count, batch_size=batch)
+        return count
+
+    return work

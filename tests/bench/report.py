@@ -1,4 +1,4 @@
-"""One figure of all tables in figures/bench: ``python -m tests.bench.figure``. A panel per table, a bar per contender."""
+"""All tables of figures/bench as one figure and as the tables of docs/speed.md: ``python -m tests.bench.report``."""
 
 from __future__ import annotations
 
@@ -18,34 +18,49 @@ COLUMNS = {"benchmark", "contender", "device", "value", "unit", "reference", "ra
 OURS, REFERENCE, OTHER = "#0072b2", "#999999", "#e69f00"
 
 
-def main() -> None:
-    print(draw(harness.FOLDER))
+BEGIN = "<!-- from here on written by python -m tests.bench.report -->"
 
 
-def draw(folder: Path) -> Path:
-    """Draw every table with the harness's columns into ``folder/speed.png`` and ``.svg``."""
-    tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
-    tables = {name: table for name, table in tables.items() if COLUMNS <= set(table.columns)}
-    heights = [lines(table) for table in tables.values()]
-    # two columns of about equal length
+def write() -> None:
+    """Draw figures/bench/speed.png and .svg, and write the tables of docs/speed.md."""
+    tables = {path.stem: pd.read_csv(path) for path in sorted(harness.FOLDER.glob("*.csv"))}
+    tables = {name: table for name, table in tables.items() if set(table.columns) >= COLUMNS}
+    draw(tables, harness.FOLDER)
+    page = harness.ROOT / "docs" / "speed.md"
+    page.write_text(page.read_text().partition(BEGIN)[0] + BEGIN + "\n" + markdown(tables))
+
+
+def markdown(tables: dict[str, pd.DataFrame]) -> str:
+    """A table for each benchmark, and the machine that it was run on."""
+    text = ""
+    for name, table in tables.items():
+        first = table.iloc[0]
+        text += f"\n## {name}\n\n{first['device']}, {first['threads']} threads; {first['versions']}.\n\n"
+        text += "| benchmark | contender | value | ratio to the reference |\n|---|---|---:|---:|\n"
+        for row in table.to_dict("records"):
+            text += f"| {row['benchmark']} | {row['contender']} | {row['value']:,.4g} {row['unit']} |"
+            text += f" {row['ratio']:.3f} x {row['reference']} |\n"
+    return text
+
+
+def draw(tables: dict[str, pd.DataFrame], folder: Path) -> None:
+    """A panel per table, a bar per contender, in two columns of about equal length."""
     columns: list[list[str]] = [[], []]
     filled = [0, 0]
-    for name, height in sorted(zip(tables, heights, strict=True), key=lambda pair: -pair[1]):
+    for name in sorted(tables, key=lambda name: -lines(tables[name])):
         shorter = filled.index(min(filled))
         columns[shorter].append(name)
-        filled[shorter] += height + 4
+        filled[shorter] += lines(tables[name]) + 4
     figure = plt.figure(figsize=(15, 0.24 * max(filled) + 0.6), layout="constrained")
     for half, names in zip(figure.subfigures(1, 2), columns, strict=True):
         if names:
-            axes = half.subplots(
-                len(names), 1, height_ratios=[lines(tables[name]) + 2 for name in names], squeeze=False
-            )
+            heights = [lines(tables[name]) + 2 for name in names]
+            axes = half.subplots(len(names), 1, height_ratios=heights, squeeze=False)
             for axis, name in zip(axes[:, 0], names, strict=True):
                 panel(axis, name, tables[name])
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"speed.{suffix}", dpi=110)
     plt.close(figure)
-    return folder / "speed.png"
 
 
 def lines(table: pd.DataFrame) -> int:
@@ -82,4 +97,4 @@ def panel(axis: Axes, name: str, table: pd.DataFrame) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write()

@@ -1,6 +1,6 @@
 """Draw fashion_mini from the original Fashion-MNIST files.
 
-    python -m pa_core.fashion_mini.draw SOURCE OUT
+    python tests/draw_fashion_mini.py SOURCE OUT
 
 SOURCE is a folder with the four idx files, gzipped, e.g. that of Debian's package
 dataset-fashion-mnist. OUT is a folder; ``fashion_mini.npz`` is written there.

@@ -1,0 +1,1 @@
+"""Many runs: statistics, tables, figures, sweeps and studies, and the helpers of the notebooks."""

@@ -1,0 +1,111 @@
+"""The parameters cells of the notebooks: written from `params`, checked, and copies of the notebooks to work in.
+
+python -m pa_core.lab.notebooks check       # refuse a notebook whose parameters cell was edited
+python -m pa_core.lab.notebooks write       # write the parameters cells and docs/parameters.md anew
+python -m pa_core.lab.notebooks copy DIR    # copy the notebooks that DIR does not have yet
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from pa_core.errors import ParameterError
+from pa_core.files import home, replacing, shown
+from pa_core.params import PARAMETERS, markdown
+
+_EXPERIMENT = {p.name: (p.default, p.description + f" ({p.allowed})" * bool(p.allowed)) for p in PARAMETERS.values()}
+_DATA = ["dataset", "data_dir", "bad_images", "image_size", "train_fraction", "folds", "fold", "seed"]
+_FIGURES = {"figures_dir": ("figures/quick", "where figures are saved; this default lies in the repository")}
+_ANALYSIS = {
+    "runs_dir": _EXPERIMENT["runs_dir"],
+    **_FIGURES,
+    "run_name": (None, "the run with proxies to open up; None is the latest that has a plain run beside it"),
+    "images": (None, "a folder of your own images, to compare the two runs on; None is the first validation images"),
+    "studies": ("committed", "draw the studies' committed tables, or 'runs': your own as far as they are finished"),
+}
+NOTEBOOKS: dict[str, dict[str, tuple[Any, str]]] = {
+    "01_data": {name: _EXPERIMENT[name] for name in _DATA} | _FIGURES,
+    "02_training": _EXPERIMENT | _FIGURES,
+    "03_proxy_loop": _EXPERIMENT | _FIGURES,
+    "04_analysis": _ANALYSIS,
+}
+"""Notebook -> parameter -> (default, description), in the order of its parameters cell."""
+
+
+PAGE = """# Parameters
+
+The parameters of an experiment, by the same names in notebooks, params files, manifests and result columns; `none` is \
+Python's `None`. This page is written by `python -m pa_core.lab.notebooks write`.
+
+"""
+
+
+def parameters_cell(name: str = "03_proxy_loop") -> str:
+    """The text of a notebook's parameters cell: a heading, then a line ``name = default  # description`` each."""
+    lines = ["# Parameters of the experiment; docs/parameters.md explains them"]
+    for parameter, (default, text) in NOTEBOOKS[name].items():
+        value = json.dumps(default) if isinstance(default, str) else repr(default)
+        lines.append(f"{parameter} = {value}  # {text}")
+    return "\n".join(lines)
+
+
+def parameters_source(path: Path) -> str:
+    """The cell of a notebook that papermill sets, empty where there is none; ParameterError where it is no notebook."""
+    try:
+        cells = json.loads(path.read_text())["cells"]
+        return next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), "")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ParameterError("notebook", shown(path), f"must be a notebook ({error})") from error
+
+
+def refuse_edited(path: Path) -> None:
+    """Refuse a notebook of the repository whose parameters cell was edited, with what differs; copies are free."""
+    if path.resolve().parent != (home() / "notebooks").resolve() or path.stem not in NOTEBOOKS:
+        return
+    found, wanted = (text.splitlines() for text in (parameters_source(path), parameters_cell(path.stem)))
+    if found != wanted:
+        other = ", ".join(line.split("  #")[0] for line in found if line not in wanted) or "fewer or in another order"
+        how = "undo it (git checkout, or python -m pa_core.lab.notebooks write), or work in a copy (make lab)"
+        raise ParameterError("notebook", shown(path), f"must have the default parameters, not {other}: {how}")
+
+
+def write(path: Path) -> None:
+    """Write the parameters cell of one of NOTEBOOKS anew, in place."""
+    content = json.loads(path.read_text())
+    for cell in content["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            cell["source"] = parameters_cell(path.stem).splitlines(keepends=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def main(words: list[str]) -> int:
+    """Exit status: 0, or 2 where a notebook or the command is refused."""
+    paths = sorted((home() / "notebooks").glob("*.ipynb"))
+    if words[:1] == ["copy"] and len(words) == 2:
+        folder = Path(words[1])
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (path for path in paths if not (folder / path.name).exists()):
+            print(f"copied to {shown(Path(shutil.copyfile(path, folder / path.name)))}")
+    elif words in (["check"], ["write"]):
+        try:
+            for path in (path for path in paths if path.stem in NOTEBOOKS):
+                refuse_edited(path) if words == ["check"] else write(path)
+            if words == ["write"]:
+                with replacing(home() / "docs" / "parameters.md") as temporary:
+                    temporary.write_text(PAGE + markdown() + "\n", encoding="utf-8")
+        except ParameterError as error:
+            print(error, file=sys.stderr)
+            return 2
+    else:
+        print((__doc__ or "").strip(), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
