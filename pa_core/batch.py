@@ -8,6 +8,7 @@ which images are changed by a map is known on the CPU.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Pool:
     origin: Tensor  # int64 [M], positions in the part; all but the maps are on the CPU
     row: Tensor  # int64 [M], the entry's row of ``maps``, -1 for none
     proxied: Tensor  # bool [M], whether a draw is masked by its map (with proxy_probability)
-    withheld: Tensor  # bool [M], whether a draw is left out of the loss
+    withheld: Tensor  # bool [M], whether a draw is left out of the loss; others may still be mixed with it
     maps: Tensor  # float16 [K, h, w] in [0, 1], on the images' device
 
     @classmethod
@@ -48,12 +49,11 @@ class Pool:
 
     def take(self, positions: Tensor) -> Pool:
         """The entries at some positions, int64 [n]."""
-        chosen = {name: getattr(self, name)[positions] for name in ("origin", "row", "proxied", "withheld")}
-        return replace(self, **chosen)
+        names = ("origin", "row", "proxied", "withheld")
+        return replace(self, **{name: getattr(self, name)[positions] for name in names})
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
+class Batch(NamedTuple):
     """What the network is trained on."""
 
     images: Tensor  # float32 [n, 3, S, S] in [0, 1]
@@ -64,51 +64,43 @@ class Batch:
 def make(
     images: Tensor, labels: Tensor, *, classes: int, pool: Pool, index: Tensor, experiment: Experiment, draws: Draws
 ) -> Batch:
-    """The batch at some positions of a pool, augmented.
+    """The batch at the positions ``index`` of a pool, int64 [n] on the CPU, augmented.
 
-    Args:
-        images: uint8 [n, 3, S, S] on the device, those at ``pool.origin[index]``.
-        labels: int64 [n] on the device.
-        classes: how many there are.
-        index: int64 [n] on the CPU, positions in the pool.
-        draws: this epoch's generators, see `augment.generators`.
+    Images uint8 [n, 3, S, S], those at ``pool.origin[index]``, and labels int64 [n] are on the device; the draws are
+    this epoch's `augment.generators`.
     """
-    e, n, size = experiment, len(images), images.shape[-1]
+    e, n, size, device = experiment, len(images), images.shape[-1], images.device
     uses_maps = e.erase_region != "anywhere" or e.mix_labels == "attention"  # besides masking
     masked = pool.proxied[index] & (torch.rand(n, generator=draws["proxy"]) < e.proxy_probability)
     rows = torch.nonzero((pool.row[index] >= 0) if uses_maps else masked).squeeze(1)  # whose map is needed
-    move = Geometry.draw(n, size, kinds=e.augmentations, draws=draws)
+    move = Geometry.draw(n, size, kinds=e.augmentations, draws=draws, device=device)
     pixels, maps = masking.to_float(move.apply(images)), None
     if len(rows):
-        values, at = move.of(rows).apply(maps_of(pool, index[rows], size, images.device)), send(rows, images.device)
+        at = send(rows, device)
+        values = move.of(at).apply(maps_of(pool, index[rows], size, device)[:, None])[:, 0]
         if uses_maps:
-            maps = values if len(rows) == n else values.new_zeros(n, size, size).index_copy(0, at, values)
-            chosen = send(torch.nonzero(masked[rows]).squeeze(1), images.device)  # of these rows, the masked ones
+            maps = values if len(rows) == n else values.new_zeros(n, size, size).index_copy_(0, at, values)
+            chosen = send(torch.nonzero(masked[rows]).squeeze(1), device)  # of these rows, the masked ones
             values, at = values[chosen], at[chosen]
         if len(at):
-            pixels, _ = proxied(pixels, at, values, experiment=e, draws=draws)
+            proxied(pixels, at, values, experiment=e, draws=draws)
     pixels, targets = augment.change(pixels, labels, maps, classes=classes, experiment=e, draws=draws)
-    weights = send((~pool.withheld[index]).float(), images.device) if pool.withheld.any() else None
-    return Batch(images=laid_out(pixels), targets=targets, weights=weights)
+    weights = send((~pool.withheld[index]).float(), device) if pool.withheld.any() else None
+    return Batch(pixels.contiguous(memory_format=memory_format(device)), targets, weights)
 
 
-def unaugmented(images: Tensor, *, pool: Pool, index: Tensor, experiment: Experiment, draws: Draws) -> Tensor:
-    """The images at some positions of a pool with every proxy masked, and nothing else changed."""
-    pixels, rows = masking.to_float(images), torch.nonzero(pool.proxied[index]).squeeze(1)
-    if not len(rows):
-        return laid_out(pixels)
-    values = maps_of(pool, index[rows], images.shape[-1], images.device)
-    return laid_out(proxied(pixels, send(rows, images.device), values, experiment=experiment, draws=draws)[0])
+def unaugmented(images: Tensor, *, pool: Pool, index: Tensor, experiment: Experiment | None, draws: Draws) -> Tensor:
+    """The images at some positions of a pool, unchanged but for the proxies, of which an experiment masks every one."""
+    pixels, rows = to_pixels(images), torch.nonzero(pool.proxied[index]).squeeze(1)
+    if experiment is not None and len(rows):
+        values = maps_of(pool, index[rows], images.shape[-1], images.device)
+        proxied(pixels, send(rows, images.device), values, experiment=experiment, draws=draws)
+    return pixels
 
 
 def to_pixels(images: Tensor) -> Tensor:
     """uint8 [n, 3, S, S] -> float32 in [0, 1], laid out as the networks on that device want them."""
-    return masking.to_float(laid_out(images))
-
-
-def laid_out(images: Tensor) -> Tensor:
-    """The same images in the memory format of the networks on their device; indexing loses it."""
-    return images.contiguous(memory_format=memory_format(images.device))
+    return masking.to_float(images.contiguous(memory_format=memory_format(images.device)))
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -125,21 +117,19 @@ def maps_of(pool: Pool, index: Tensor, size: int, device: torch.device) -> Tenso
 def proxied(
     images: Tensor, rows: Tensor, maps: Tensor, *, experiment: Experiment, draws: Draws
 ) -> tuple[Tensor, Tensor]:
-    """A batch in which some images are masked, and the masks bool [m, S, S]: `masking.region`, then `masking.apply`.
+    """Images float32 [n, 3, S, S] in [0, 1], of which ``rows`` int64 [m] are masked in place, and the masks bool [m, S, S].
 
-    The random part of a fill is drawn anew each time; ``patch`` fills with another image of the batch.
-
-    Args:
-        images: float32 [n, 3, S, S] in [0, 1]; rows: int64 [m], those to mask; maps: float32 [m, S, S] in [0, 1].
+    By `masking.region` of the maps, float32 [m, S, S] in [0, 1], and `masking.apply`. The random part of a fill is drawn
+    anew each time; ``patch`` fills with another image of the batch.
     """
-    e, n = experiment, len(images)
-    rule = {"mask_region": e.mask_region, "threshold_mode": e.threshold_mode, "threshold": e.threshold}
-    mask = masking.region(maps, **rule, max_share=e.max_share)
-    donors = None
+    e, n, region, donors, seed = experiment, len(images), experiment.mask_region, None, 0
+    how = {"threshold_mode": e.threshold_mode, "threshold": e.threshold, "max_share": e.max_share}
+    mask = masking.region(maps, mask_region=region, **how)
     if e.fill == "patch":
         shift = torch.randint(1, max(n, 2), (n,), generator=draws["patch"])
         donors = images.index_select(0, send((torch.arange(n) + shift) % n, images.device).index_select(0, rows))
-    seed = int(torch.randint(2**62, (1,), generator=draws["noise"])) if e.fill == "noise" else 0
-    how = {"fill": e.fill, "weight": e.weight, "feather": e.feather, "mask_region": e.mask_region}
+    if e.fill == "noise":
+        seed = int(torch.randint(2**62, (1,), generator=draws["noise"]))
+    how = {"fill": e.fill, "weight": e.weight, "feather": e.feather, "mask_region": region}
     changed = masking.apply(images.index_select(0, rows), maps, mask, **how, seed=seed, donors=donors)
-    return images.index_copy(0, rows, changed), mask
+    return images.index_copy_(0, rows, changed), mask

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,67 +11,37 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from pa_core.data import send
-from pa_core.errors import ParameterError
 from pa_core.params import derived_seed
 
-BLUR_SHARE = 8
-"""The fill ``blur`` has a sigma of an eighth of the image's side: colours stay, shapes go."""
+
+def _blur(images: Tensor) -> Tensor:
+    """Under a Gaussian with a sigma of an eighth of the side: colours stay, shapes go."""
+    sigma = [images.shape[-1] / 8] * 2
+    size = 2 * round(2 * sigma[0]) + 1  # reaches two sigma, less than the image's side, as reflection needs
+    # one axis after the other: torchvision convolves with the whole square otherwise
+    return gaussian_blur(gaussian_blur(images, kernel_size=[size, 1], sigma=sigma), kernel_size=[1, size], sigma=sigma)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Filling:
-    """What a fill may use; see :func:`apply`. ``dim`` [N, 1, H, W] is the map, or 1 - map to mask the ``rest``."""
-
-    images: Tensor
-    dim: Tensor
-    ids: Sequence[str]
-    seed: int
-    donors: Tensor | None
-
-
-def _mean(f: Filling) -> Tensor:
-    return f.images.mean((2, 3), keepdim=True)
-
-
-def _max(f: Filling) -> Tensor:
-    return f.images.amax((2, 3), keepdim=True)
-
-
-def _noise(f: Filling) -> Tensor:
+def _noise(images: Tensor, ids: Sequence[str], seed: int) -> Tensor:
     """Drawn on the CPU for each id, so that every device gets the same."""
-    seeds = [derived_seed(f.seed, "noise", name) for name in f.ids]
-    drawn = [torch.randn(f.images.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    values = send(torch.stack(drawn), f.images.device) if drawn else f.images
-    return (_mean(f) + f.images.std((2, 3), keepdim=True) * values).clamp(0, 1)
+    drawn = torch.empty(images.shape)
+    for image, name in zip(drawn, ids, strict=True):
+        image.normal_(generator=torch.Generator().manual_seed(derived_seed(seed, "noise", name)))
+    mean, spread = images.mean((2, 3), keepdim=True), images.std((2, 3), keepdim=True)
+    return (mean + spread * send(drawn, images.device)).clamp(0, 1)
 
 
-def _blur(f: Filling) -> Tensor:
-    sigma = f.images.shape[-1] / BLUR_SHARE
-    size = 2 * round(2 * sigma) + 1  # reaches two sigma, less than the image's side, as reflection needs
-    across = gaussian_blur(f.images, kernel_size=[size, 1], sigma=[sigma, sigma])
-    return gaussian_blur(across, kernel_size=[1, size], sigma=[sigma, sigma])
-
-
-def _patch(f: Filling) -> Tensor:
-    if f.donors is None:
-        raise ParameterError("fill", "patch", "must have donors, another image for each image")
-    return f.donors
-
-
-FILLS: dict[str, Callable[[Filling], Tensor]] = {
-    "zero": lambda f: torch.zeros_like(f.images[..., :1, :1]),
-    "one": lambda f: torch.ones_like(f.images[..., :1, :1]),
-    "mean": _mean,
-    "max": _max,
-    "min": lambda f: f.images.amin((2, 3), keepdim=True),
-    "half_max": lambda f: _max(f) / 2,
-    "noise": _noise,
+FILLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "zero": lambda images: torch.zeros_like(images[..., :1, :1]),
+    "one": lambda images: torch.ones_like(images[..., :1, :1]),
+    "mean": lambda images: images.mean((2, 3), keepdim=True),
+    "max": lambda images: images.amax((2, 3), keepdim=True),
+    "min": lambda images: images.amin((2, 3), keepdim=True),
+    "half_max": lambda images: images.amax((2, 3), keepdim=True) / 2,
     "blur": _blur,
-    "patch": _patch,
-    "blend": lambda f: (1 - f.dim) * f.images,
-    "none": lambda f: f.images,
+    "none": lambda images: images,
 }
-"""What takes the place of masked pixels: broadcasts to [N, 3, H, W]. To add one: a row here and a name in `params`."""
+"""The fills that need only the images [N, 3, H, W]; what they give broadcasts to that. :func:`apply` has the others."""
 
 
 def region(
@@ -85,16 +54,14 @@ def region(
 ) -> Tensor:
     """Which pixels of maps [N, H, W] in [0, 1] are masked, bool [N, H, W].
 
-    Args:
-        mask_region: ``salient``, or ``rest``: the same rule on ``1 - maps``; by quantiles both mask equally many.
-        threshold_mode: ``absolute`` masks ``maps > threshold``; ``deviations`` masks where a map exceeds its mean by
-            more than ``threshold`` of its standard deviations; ``quantile`` masks in each image exactly
-            ``round((1 - threshold) * H * W)`` pixels, those with the highest values. Ties are broken by a fixed random
-            order of the places, the same for all images, so that a plateau is thinned evenly.
-        max_share: in (0, 1]; at most ``round(max_share * H * W)`` pixels are masked, those with the highest values.
+    ``absolute`` masks ``maps > threshold``; ``deviations`` masks where a map exceeds its mean by more than
+    ``threshold`` of its standard deviations; ``quantile`` masks in each image exactly ``round((1 - threshold) * H * W)``
+    pixels, those with the highest values. ``rest`` is the same rule on ``1 - maps``. At most
+    ``round(max_share * H * W)`` pixels are masked, the highest. Ties are broken by a fixed random order of the places,
+    the same for all images, so that a plateau is thinned evenly.
     """
     maps = 1 - maps if mask_region == "rest" else maps
-    places = maps[0].numel() if len(maps) else 1
+    places = maps.shape[1] * maps.shape[2]
     cap = round(max_share * places)
     if threshold_mode == "quantile":
         return _highest(maps, min(round((1 - threshold) * places), cap))
@@ -107,19 +74,18 @@ def region(
 
 def _highest(maps: Tensor, count: int) -> Tensor:
     """The ``count`` highest places of each map, bool [N, H, W]; ties in a fixed random order."""
-    n, h, w = maps.shape
-    if n == 0 or count <= 0 or count >= h * w:
+    places = maps.shape[1] * maps.shape[2]
+    if count in (0, places):
         return torch.full_like(maps, count > 0, dtype=torch.bool)
-    order = send(torch.randperm(h * w, generator=torch.Generator().manual_seed(0)), maps.device)
+    order = send(torch.randperm(places, generator=torch.Generator().manual_seed(0)), maps.device)
     values = maps.flatten(1).index_select(1, order)
-    if values.device.type == "cpu":  # many times faster than topk
+    if values.device.type == "cpu":  # many times faster than topk and kthvalue
         limit = torch.from_numpy(np.partition(values.numpy(), -count, axis=1))[:, -count, None]
     else:
-        rank = min(count, h * w - count + 1)  # topk of the highest or of the lowest, whichever are fewer
-        limit = values.topk(rank, dim=1, largest=rank == count).values[:, -1:]
+        limit = values.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     above, ties = values > limit, values == limit
     chosen = above | (ties & (ties.cumsum(1) <= count - above.sum(1, keepdim=True)))
-    return torch.zeros_like(chosen).index_copy_(1, order, chosen).view(n, h, w)
+    return torch.zeros_like(chosen).index_copy_(1, order, chosen).view_as(maps)
 
 
 def feathered(mask: Tensor, *, feather: int) -> Tensor:
@@ -128,11 +94,10 @@ def feathered(mask: Tensor, *, feather: int) -> Tensor:
     A masked pixel at distance d (1 at the edge; steps in any of the eight directions; the image's border is no edge)
     gets ``min(d, feather + 1) / (feather + 1)``, every other pixel 0, so that nothing outside the mask is ever touched.
     """
-    inside = mask.float()
-    total = inside.clone()
+    inside = total = mask.float()
     for _ in range(feather):
         inside = -F.max_pool2d(-inside, kernel_size=3, stride=1, padding=1)  # erosion; the padding never counts
-        total += inside
+        total = total + inside
     return total / (feather + 1)
 
 
@@ -151,27 +116,30 @@ def apply(
 ) -> Tensor:
     """The proxies: ``where(mask, (1 - w) * image + w * fill, image)``; outside the mask no bit changes.
 
-    Fills: ``zero``, ``one``; ``mean``, ``max``, ``min``, ``half_max`` of the image, per channel; ``noise``, normal with
-    the image's mean and standard deviation per channel, cut to [0, 1]; ``blur``, the image under a Gaussian with
-    sigma = side / 8; ``patch``, the same place of another image. With ``blend`` the heatmap M is the dimmer,
-    ``where(mask, (1 - w * M) * image, image)`` (with ``mask_region = rest``, 1 - M); with ``none`` nothing changes.
-
-    Args:
-        images, donors: [N, 3, H, W] float in [0, 1]; ``patch`` fills with the donors.
-        maps: [N, H, W] in [0, 1]; mask: bool [N, H, W], from :func:`region`.
-        weight, feather: w in [0, 1], over so many pixels from the mask's edge inwards, see :func:`feathered`.
-        ids, seed: seed the noise; ids are one text per image, by default "0", "1", ...
+    Images and donors are [N, 3, H, W] float in [0, 1], maps [N, H, W] in [0, 1], the mask bool [N, H, W]; w is
+    ``weight`` in [0, 1], rising from the mask's edge as :func:`feathered` has it. Fills: ``zero``, ``one``; ``mean``,
+    ``max``, ``min``, ``half_max`` of the image, per channel; ``noise``, normal with the image's mean and standard
+    deviation per channel, cut to [0, 1], seeded by ``seed`` and the ids (by default "0", "1", ...); ``blur``, the image
+    under a Gaussian with sigma = side / 8; ``patch``, the same place of the donors. With ``blend`` the heatmap M is the
+    dimmer, ``where(mask, (1 - w * M) * image, image)`` (with ``mask_region = rest``, 1 - M); with ``none`` nothing
+    changes.
     """
     w = weight * feathered(mask, feather=feather).unsqueeze(1) if feather else weight
-    names = [str(i) for i in range(len(images))] if ids is None else ids
-    dim = (1 - maps if mask_region == "rest" else maps).unsqueeze(1)
-    filling = FILLS[fill](Filling(images=images, dim=dim, ids=names, seed=seed, donors=donors))
+    if fill == "patch":
+        assert donors is not None
+        filling = donors
+    elif fill == "noise":
+        filling = _noise(images, ids or [str(i) for i in range(len(images))], seed)
+    elif fill == "blend":
+        filling = (1 - (1 - maps if mask_region == "rest" else maps).unsqueeze(1)) * images
+    else:
+        filling = FILLS[fill](images)
     return torch.where(mask.unsqueeze(1), (1 - w) * images + w * filling, images)
 
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 [..] in 0..255 -> float32 in [0, 1]."""
-    return images.float() / 255
+    return images / 255
 
 
 def to_uint8(images: Tensor) -> Tensor:

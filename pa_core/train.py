@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +23,17 @@ from torch import Tensor, nn
 
 from pa_core import batch, models
 from pa_core.augment import generators
-from pa_core.batch import Pool, memory_format, to_pixels
+from pa_core.batch import Pool, memory_format
 from pa_core.data import Part, send
 from pa_core.device import autocast
 from pa_core.params import Experiment, derived_seed
 
+STATEFUL = ("model", "optimizer", "scheduler", "scaler")
+AHEAD = 4  # batches that are read from a file while the network trains
+
 
 class NonFiniteLoss(RuntimeError):
     """The loss became infinite or NaN; the message says in which epoch and step."""
-
-
-STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 
 
 @dataclass(kw_only=True)
@@ -47,9 +48,6 @@ class State:
     device: torch.device
     dtype: torch.dtype
     epoch: int = 0  # how many are finished
-
-    def autocast(self) -> torch.autocast:
-        return autocast(self.device, self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name).state_dict() for name in STATEFUL}
@@ -67,160 +65,6 @@ class State:
         self.epoch = state["epoch"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Result of :func:`evaluate`: mean loss (nats), accuracy in [0, 1], logits float32 [N, C] on the CPU, seconds."""
-
-    loss: float
-    accuracy: float
-    logits: Tensor
-    seconds: float
-
-
-def train_one_epoch(
-    state: State, pool: Pool, *, experiment: Experiment, draws: int, batch_size: int
-) -> dict[str, float]:
-    """Train on ``draws`` (a number) entries of the pool, drawn without replacement.
-
-    Order and augmentation depend on seed and epoch alone, so that arms with and without proxies, and a resumed run, see
-    the same.
-
-    Returns:
-        train_loss (nats, mean over the images that count in it), train_accuracy (of all images drawn, as the network
-        saw them), lr (of the last step), images_per_second, seconds. Where labels are mixed, the loss is that against
-        soft labels, and a prediction is right when it is the class with the largest share.
-
-    Raises:
-        NonFiniteLoss: with the epoch and the first bad step.
-    """
-    started, epoch, e = time.perf_counter(), state.epoch + 1, experiment
-    state.model.train()
-    random = generators(e.seed, epoch)
-    order = list(batches(len(pool), draws=draws, batch_size=batch_size, seed=e.seed, epoch=epoch))
-    labels = send(pool.labels[torch.cat(order)], state.device).split([len(index) for index in order])
-    losses = torch.zeros(len(order), device=state.device)
-    correct = torch.zeros((), device=state.device, dtype=torch.long)
-    lr = 0.0
-    for step, images in enumerate(feed(pool.part, [pool.origin[index] for index in order], state.device)):
-        made = batch.make(
-            images, labels[step], classes=state.model.classes, pool=pool, index=order[step], experiment=e, draws=random
-        )
-        with state.autocast():
-            logits = state.forward(made.images)
-            loss = weighted_loss(logits, made, label_smoothing=e.label_smoothing)
-        state.optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(loss).backward()
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        lr = state.optimizer.param_groups[0]["lr"]
-        state.scheduler.step()
-        losses[step] = loss.detach()
-        hard = made.targets if made.targets.ndim == 1 else made.targets.argmax(1)
-        correct += (logits.argmax(1) == hard).sum()
-    losses = losses.cpu().double()  # here the host waits for the device
-    if not losses.isfinite().all():
-        step = int(losses.isfinite().logical_not().nonzero()[0]) + 1
-        raise NonFiniteLoss(f"the loss is not finite in epoch {epoch}, step {step}; a lower lr may help")
-    counted = torch.tensor([len(index) - int(pool.withheld[index].sum()) for index in order]).double()
-    seconds = time.perf_counter() - started
-    state.epoch = epoch
-    return {
-        "train_loss": float(losses @ counted / counted.sum().clamp(min=1)),
-        "train_accuracy": int(correct) / draws,
-        "lr": lr,
-        "images_per_second": draws / seconds,
-        "seconds": seconds,
-    }
-
-
-def weighted_loss(logits: Tensor, made: batch.Batch, *, label_smoothing: float) -> Tensor:
-    """Cross-entropy (nats), the weighted mean over a batch."""
-    if made.weights is None:
-        return F.cross_entropy(logits, made.targets, label_smoothing=label_smoothing)
-    each = F.cross_entropy(logits, made.targets, label_smoothing=label_smoothing, reduction="none")
-    return (each * made.weights).sum() / made.weights.sum().clamp(min=1)
-
-
-def batches(n: int, *, draws: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """``draws`` of ``n`` positions in random order, in batches of at most ``batch_size``, equal but for one image.
-
-    Otherwise the last batch could hold one image, with which batch normalisation fails.
-    """
-    generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
-    order = torch.randperm(n, generator=generator)[:draws]
-    yield from order.tensor_split(steps_per_epoch(draws, batch_size))
-
-
-READERS = 2
-AHEAD = 4
-"""Threads that read images from a file while the network trains, and batches that they are ahead."""
-
-
-def feed(part: Part, order: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """The images of each batch of positions of a part, in order: uint8 [n, 3, S, S] on the device."""
-    if part.resident is not None:
-        rows = send(torch.cat(list(order)), part.resident).split([len(index) for index in order])
-        yield from (send(part.read(index), device) for index in rows)
-        return
-
-    def read(index: Tensor) -> Tensor:
-        images = part.read(index)
-        return images.pin_memory() if device.type == "cuda" else images
-
-    with ThreadPoolExecutor(READERS, thread_name_prefix="read ahead") as readers:
-        waiting: deque[Any] = deque()
-        try:
-            for index in order:
-                waiting.append(readers.submit(read, index))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result().to(device, non_blocking=True)
-            while waiting:
-                yield waiting.popleft().result().to(device, non_blocking=True)
-        finally:  # the network failed, or reading did: what is not begun is not needed
-            readers.shutdown(wait=False, cancel_futures=True)
-
-
-def steps_per_epoch(draws: int, batch_size: int) -> int:
-    return math.ceil(draws / batch_size)
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    pool: Pool,
-    *,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    experiment: Experiment | None = None,
-) -> Evaluation:
-    """Loss and accuracy on all images, in eval mode without augmentation; the model's mode is left as found.
-
-    Args:
-        experiment: if given, the pool's proxies are masked as it says, as in the predecessor's evaluation; else none.
-    """
-    started, training = time.perf_counter(), model.training
-    model.eval()
-    order = torch.arange(len(pool)).split(evaluation_batch(pool.part))
-    random, logits = generators(0, 0), []
-    for index, images in zip(order, feed(pool.part, [pool.origin[i] for i in order], device), strict=True):
-        if experiment is None:
-            pixels = to_pixels(images)
-        else:
-            pixels = batch.unaugmented(images, pool=pool, index=index, experiment=experiment, draws=random)
-        with autocast(device, dtype):
-            logits.append(model(pixels).float())
-    model.train(training)
-    stacked, labels = torch.cat(logits), send(pool.labels, device)
-    loss, correct = F.cross_entropy(stacked, labels), (stacked.argmax(1) == labels).sum()
-    seconds = time.perf_counter() - started
-    return Evaluation(loss=float(loss), accuracy=int(correct) / len(pool), logits=stacked.cpu(), seconds=seconds)
-
-
-def evaluation_batch(part: Part) -> int:
-    """Images per forward pass without gradients: about two million pixels, from 16 to 512 images."""
-    return max(16, min(512, 2**21 // part.shape[-1] ** 2))
-
-
 def create_state(
     model: models.Classifier, experiment: Experiment, *, total_steps: int, device: torch.device, dtype: torch.dtype
 ) -> State:
@@ -231,11 +75,11 @@ def create_state(
     """
     e, schedulers = experiment, torch.optim.lr_scheduler
     model.to(device).to(memory_format=memory_format(device))
-    common = {"lr": e.lr, "weight_decay": e.weight_decay, "fused": True}
     if e.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **common)
+        kind, momentum = torch.optim.SGD, {"momentum": 0.9, "nesterov": True}
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), **common)
+        kind, momentum = torch.optim.AdamW, {}
+    optimizer = kind(model.parameters(), lr=e.lr, weight_decay=e.weight_decay, fused=True, **momentum)
     if e.scheduler == "onecycle":
         scheduler = schedulers.OneCycleLR(optimizer, max_lr=e.lr, total_steps=max(total_steps, 2))
     elif e.scheduler == "cosine":
@@ -250,18 +94,135 @@ def create_state(
 def try_compile(state: State, example: Tensor, log: Callable[[str], None] = print) -> str:
     """Compile the training step's forward pass, or say why not and train without: ``compiled``, or the reason.
 
-    Tried on a copy, forward and backward, so that the model itself and the RNG stay as they are.
-
-    Args:
-        example: float [n, 3, S, S] in [0, 1] on the device.
+    Tried on a copy, forward and backward, with images float [n, 3, S, S] in [0, 1] on the device, so that the model
+    itself and the RNG stay as they are.
     """
+    devices = [state.device] if state.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []), state.autocast():
+        with torch.random.fork_rng(devices), autocast(state.device, state.dtype):
             trial = torch.compile(copy.deepcopy(state.model).train())
             trial(example).float().sum().backward()
     except Exception as error:  # the compiler's errors have no common class
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         log(f"compile: not possible here, training goes on without it ({reason})")
         return reason
     state.forward = torch.compile(state.model)
     return "compiled"
+
+
+def train_one_epoch(
+    state: State, pool: Pool, *, experiment: Experiment, draws: int, batch_size: int
+) -> dict[str, float]:
+    """Train on ``draws`` (a number) entries of the pool, drawn without replacement.
+
+    Order and augmentation depend on seed and epoch alone, so that arms with and without proxies, and a resumed run, see
+    the same. Gives train_loss (nats, mean over the images that count in it), train_accuracy (of all images drawn, as
+    the network saw them), lr (of the last step), images_per_second, seconds. Where labels are mixed, the loss is that
+    against soft labels, and a prediction is right when it is the class with the largest share. NonFiniteLoss names the
+    epoch and the first bad step.
+    """
+    started, epoch, e, device = time.perf_counter(), state.epoch + 1, experiment, state.device
+    state.model.train()
+    random = generators(e.seed, epoch)
+    order = batches(len(pool), draws=draws, batch_size=batch_size, seed=e.seed, epoch=epoch)
+    labels = send(pool.labels[torch.cat(order)], device).split([len(index) for index in order])
+    losses = torch.zeros(len(order), device=device)
+    correct, lr = torch.zeros((), device=device, dtype=torch.long), 0.0
+    how: Any = {"classes": state.model.classes, "pool": pool, "experiment": e, "draws": random}
+    for step, images in enumerate(feed(pool.part, [pool.origin[index] for index in order], device)):
+        made = batch.make(images, labels[step], index=order[step], **how)
+        with autocast(device, state.dtype):
+            logits = state.forward(made.images)
+            loss = weighted_loss(logits, made, label_smoothing=e.label_smoothing)
+        state.optimizer.zero_grad()
+        state.scaler.scale(loss).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        lr = state.optimizer.param_groups[0]["lr"]
+        state.scheduler.step()
+        losses[step] = loss.detach()
+        hard = made.targets if made.targets.ndim == 1 else made.targets.argmax(1)
+        correct += (logits.argmax(1) == hard).sum()
+    losses = losses.cpu().double()  # here the host waits for the device
+    if len(bad := losses.isfinite().logical_not().nonzero()):
+        raise NonFiniteLoss(f"the loss is not finite in epoch {epoch}, step {int(bad[0]) + 1}; a lower lr may help")
+    counted = torch.stack([pool.withheld[index].logical_not().sum() for index in order]).double()
+    train_loss, seconds = float(losses @ counted / counted.sum().clamp(min=1)), time.perf_counter() - started
+    state.epoch = epoch
+    found = {"train_loss": train_loss, "train_accuracy": int(correct) / draws, "lr": lr}
+    return found | {"images_per_second": draws / seconds, "seconds": seconds}
+
+
+def weighted_loss(logits: Tensor, made: batch.Batch, *, label_smoothing: float) -> Tensor:
+    """Cross-entropy (nats), the weighted mean over a batch."""
+    if made.weights is None:
+        return F.cross_entropy(logits, made.targets, label_smoothing=label_smoothing)
+    each = F.cross_entropy(logits, made.targets, label_smoothing=label_smoothing, reduction="none")
+    return (each * made.weights).sum() / made.weights.sum().clamp(min=1)
+
+
+def batches(n: int, *, draws: int, batch_size: int, seed: int, epoch: int) -> Sequence[Tensor]:
+    """``draws`` of ``n`` positions in random order, in batches of at most ``batch_size``, equal but for one image.
+
+    Otherwise the last batch could hold one image, with which batch normalisation fails.
+    """
+    generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
+    return torch.randperm(n, generator=generator)[:draws].tensor_split(steps_per_epoch(draws, batch_size))
+
+
+def steps_per_epoch(draws: int, batch_size: int) -> int:
+    return math.ceil(draws / batch_size)
+
+
+def feed(part: Part, order: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The images of each batch of positions of a part, in order: uint8 [n, 3, S, S] on the device."""
+
+    def read(index: Tensor) -> Tensor:
+        return send(part.read(index), device)
+
+    if part.resident is not None:
+        yield from map(read, send(torch.cat(list(order)), part.resident).split([len(index) for index in order]))
+        return
+    readers, ahead = ThreadPoolExecutor(2, thread_name_prefix="read ahead"), iter(order)
+    try:
+        waiting = deque(readers.submit(read, index) for index in islice(ahead, AHEAD))
+        while waiting:
+            images = waiting.popleft().result()
+            waiting.extend(readers.submit(read, index) for index in islice(ahead, 1))
+            yield images
+    finally:  # where the network or a read failed, what is not begun is not needed
+        readers.shutdown(cancel_futures=True)
+
+
+class Evaluation(NamedTuple):
+    """Result of :func:`evaluate`: mean loss (nats), accuracy in [0, 1], logits float32 [N, C] on the CPU."""
+
+    loss: float
+    accuracy: float
+    logits: Tensor
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, pool: Pool, *, device: torch.device, dtype: torch.dtype, experiment: Experiment | None = None
+) -> Evaluation:
+    """Loss and accuracy on all images, in eval mode without augmentation; the model's mode is left as found.
+
+    The pool's proxies are masked as an experiment says, as in the predecessor's evaluation; without one, none is.
+    """
+    training, random, logits = model.training, generators(0, 0), []
+    model.eval()
+    order = torch.arange(len(pool)).split(evaluation_batch(pool.part))
+    for index, images in zip(order, feed(pool.part, [pool.origin[i] for i in order], device), strict=True):
+        pixels = batch.unaugmented(images, pool=pool, index=index, experiment=experiment, draws=random)
+        with autocast(device, dtype):
+            logits.append(model(pixels).float())
+    model.train(training)
+    stacked, labels = torch.cat(logits), send(pool.labels, device)
+    loss, correct = F.cross_entropy(stacked, labels), (stacked.argmax(1) == labels).sum()
+    return Evaluation(float(loss), int(correct) / len(pool), stacked.cpu())
+
+
+def evaluation_batch(part: Part) -> int:
+    """Images per forward pass without gradients: about two million pixels, from 16 to 512 images."""
+    return max(16, min(512, 2**21 // part.shape[-1] ** 2))

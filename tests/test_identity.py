@@ -67,7 +67,7 @@ def change(copy: Path, name: str, old: str, new: str) -> None:
 
 CHANGES = {
     "a mask rule": ("masking.py", "mask = maps > limit", "mask = maps >= limit"),
-    "a fill": ("masking.py", "_max(f) / 2", "_max(f) / 3"),
+    "a fill": ("masking.py", "keepdim=True) / 2", "keepdim=True) / 3"),
     "a control": ("attribution/controls.py", "(size / 4) ** 2", "(size / 5) ** 2"),
     "the order of draws": ("train.py", '"order", epoch', '"order", epoch + 1'),
     "a batch kind": ("augment.py", "DEGREES = 15.0", "DEGREES = 16.0"),

@@ -220,7 +220,9 @@ def test_pruned_weights_stay_zero_to_the_end(tmp_path, monkeypatch):
     layers = [kept[name] for name in zeros[0]]
     share = sum(int((w == 0).sum()) for w in layers) / sum(w.numel() for w in layers)
     assert share == pytest.approx(0.7, abs=1e-4) and run.summary["sparsity"] == pytest.approx(share, abs=1e-6)
-    tested = train.evaluate(run.model(), batch.Pool.of(experiment.load_data(run.experiment).test), device=CPU)
+    tested = train.evaluate(
+        run.model(), batch.Pool.of(experiment.load_data(run.experiment).test), device=CPU, dtype=torch.float32
+    )
     assert tested.accuracy == run.summary["test_accuracy"]
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from pa_core import proxy, train
 from pa_core.batch import Pool, memory_format
+from pa_core.device import autocast
 from pa_core.params import Experiment
 from tests.bench import harness, synthetic
 
@@ -53,7 +54,7 @@ def bare(state: train.State, *, size: int, batch: int, n: int) -> Callable[[], i
 
     def epoch() -> int:
         for _ in range(n // batch):
-            with state.autocast():
+            with autocast(state.device, state.dtype):
                 loss = F.cross_entropy(network(images), labels)
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()
