@@ -8,9 +8,7 @@ line in :func:`change`, a name in `coerce.AUGMENTATIONS`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,52 +65,43 @@ def soft_labels(labels: Tensor, partner: Tensor, share: Tensor, *, classes: int)
     return share[:, None] * own + (1 - share[:, None]) * other
 
 
-class Geometry(NamedTuple):
-    """How each image of a batch is moved, on their device; None for what is not done."""
+def geometry(n: int, size: int, *, kinds: frozenset[str], draws: Draws, device: torch.device) -> dict[str, Tensor]:
+    """How each image of a batch is moved, as :func:`moved` takes it, without what is not done.
 
-    degrees: Tensor | None  # float32 [n], counter-clockwise about the centre
-    place: Tensor | None  # int64 [n, 1, S * S], which pixel of the rotated image each pixel shows
-
-    @classmethod
-    def draw(cls, n: int, size: int, *, kinds: frozenset[str], draws: Draws, device: torch.device) -> Geometry:
-        """Rotate by -15 to 15 degrees, drawn evenly; crop after padding by S // 8 (reflected); flip half of them."""
-        degrees = place = None
-        if "rotate" in kinds:
-            degrees = send((torch.rand(n, generator=draws["rotate"]) * 2 - 1) * DEGREES, device)
-        at, last = torch.arange(size).repeat(2, n, 1), size - 1  # rows and columns
-        if "crop" in kinds:
-            offset = torch.randint(-(size // 8), size // 8 + 1, (n, 2), generator=draws["crop"])
-            at = last - (last - (at + offset.T[:, :, None]).abs()).abs()
-        if "flip" in kinds:
-            flipped = torch.rand(n, generator=draws["flip"]) < 0.5
-            at[1] = torch.where(flipped[:, None], last - at[1], at[1])
-        if kinds & {"crop", "flip"}:
-            row, column = send(at, device)
-            place = (row[:, :, None] * size + column[:, None, :]).view(n, 1, -1)
-        return cls(degrees, place)
-
-    def of(self, rows: Tensor) -> Geometry:
-        """The geometry of some images, int64 [m] on the device."""
-        return Geometry(*(None if drawn is None else drawn[rows] for drawn in self))
-
-    def apply(self, images: Tensor) -> Tensor:
-        """Images uint8 [n, 3, S, S] or maps float [n, 1, S, S], moved. Flips and crops change no value."""
-        if self.degrees is not None:
-            images = _rotate(images, self.degrees)
-        if self.place is None:
-            return images
-        return images.flatten(2).gather(2, self.place.expand(-1, images.shape[1], -1)).view_as(images)
+    Rotated by -15 to 15 degrees, drawn evenly; cropped after padding by S // 8 (reflected); half of them flipped.
+    """
+    how, last, at = {}, size - 1, torch.arange(size).repeat(2, n, 1)  # rows and columns
+    if "rotate" in kinds:
+        how["degrees"] = send((torch.rand(n, generator=draws["rotate"]) * 2 - 1) * DEGREES, device)
+    if "crop" in kinds:
+        offset = torch.randint(-(size // 8), size // 8 + 1, (n, 2), generator=draws["crop"])
+        at = last - (last - (at + offset.T[:, :, None]).abs()).abs()
+    if "flip" in kinds:
+        flipped = torch.rand(n, generator=draws["flip"]) < 0.5
+        at[1] = torch.where(flipped[:, None], last - at[1], at[1])
+    if kinds & {"crop", "flip"}:
+        row, column = send(at, device)
+        how["place"] = (row[:, :, None] * size + column[:, None, :]).view(n, 1, -1)
+    return how
 
 
-def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Each image turned counter-clockwise about its centre; bilinear, reflected at the borders."""
-    angle = degrees * (math.pi / 180)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    # from places in the output to places in the input, y downwards
-    theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    turned = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return turned.round_().clamp_(0, 255).to(images.dtype) if images.dtype == torch.uint8 else turned
+def moved(images: Tensor, *, degrees: Tensor | None = None, place: Tensor | None = None) -> Tensor:
+    """Images uint8 [n, 3, S, S] or maps float [n, 1, S, S], turned, then cropped and flipped, which changes no value.
+
+    They turn counter-clockwise about their centre by ``degrees`` [n], bilinear, reflected at the borders; ``place``,
+    int64 [n, 1, S * S], says which pixel each pixel then shows.
+    """
+    if degrees is not None:
+        angle = degrees.deg2rad()
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+        # from places in the output to places in the input, y downwards
+        theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        turned = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+        images = turned.round_().clamp_(0, 255).to(images.dtype) if images.dtype == torch.uint8 else turned
+    if place is not None:
+        images = images.flatten(2).gather(2, place.expand(-1, images.shape[1], -1)).view_as(images)
+    return images
 
 
 def erase(images: Tensor, maps: Tensor | None, *, region: str, probability: float, draws: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """One training batch on its device: images, labels and maps -> what the network sees.
 
-In this order: flip, crop and rotation (`augment.Geometry`), proxies, erasing, mixing. A map is upsampled and moved with
+In this order: flip, crop and rotation (`augment.moved`), proxies, erasing, mixing. A map is upsampled and moved with
 its image first, so that shares and quantiles are taken of what the network sees. The host never waits for the device:
 which images are changed by a map is known on the CPU.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pa_core import augment, masking
 from pa_core.attribution import upsampled
-from pa_core.augment import Draws, Geometry
+from pa_core.augment import Draws
 from pa_core.data import Part, send
 from pa_core.params import Experiment
 
@@ -73,11 +73,11 @@ def make(
     uses_maps = e.erase_region != "anywhere" or e.mix_labels == "attention"  # besides masking
     masked = pool.proxied[index] & (torch.rand(n, generator=draws["proxy"]) < e.proxy_probability)
     rows = torch.nonzero((pool.row[index] >= 0) if uses_maps else masked).squeeze(1)  # whose map is needed
-    move = Geometry.draw(n, size, kinds=e.augmentations, draws=draws, device=device)
-    pixels, maps = masking.to_float(move.apply(images)), None
+    how = augment.geometry(n, size, kinds=e.augmentations, draws=draws, device=device)
+    pixels, maps = masking.to_float(augment.moved(images, **how)), None
     if len(rows):
-        at = send(rows, device)
-        values = move.of(at).apply(maps_of(pool, index[rows], size, device)[:, None])[:, 0]
+        at, values = send(rows, device), maps_of(pool, index[rows], size, device)
+        values = augment.moved(values[:, None], **{name: drawn[at] for name, drawn in how.items()})[:, 0]
         if uses_maps:
             maps = values if len(rows) == n else values.new_zeros(n, size, size).index_copy_(0, at, values)
             chosen = send(torch.nonzero(masked[rows]).squeeze(1), device)  # of these rows, the masked ones
@@ -117,9 +117,9 @@ def maps_of(pool: Pool, index: Tensor, size: int, device: torch.device) -> Tenso
 def proxied(
     images: Tensor, rows: Tensor, maps: Tensor, *, experiment: Experiment, draws: Draws
 ) -> tuple[Tensor, Tensor]:
-    """Images float32 [n, 3, S, S] in [0, 1], of which ``rows`` int64 [m] are masked in place, and the masks bool [m, S, S].
+    """Mask some images in place, at ``rows`` int64 [m] of float32 [n, 3, S, S] in [0, 1]: these, and bool [m, S, S].
 
-    By `masking.region` of the maps, float32 [m, S, S] in [0, 1], and `masking.apply`. The random part of a fill is drawn
+    By `masking.region` of maps float32 [m, S, S] in [0, 1], then `masking.apply`. The random part of a fill is drawn
     anew each time; ``patch`` fills with another image of the batch.
     """
     e, n, region, donors, seed = experiment, len(images), experiment.mask_region, None, 0

@@ -54,11 +54,10 @@ def region(
 ) -> Tensor:
     """Which pixels of maps [N, H, W] in [0, 1] are masked, bool [N, H, W].
 
-    ``absolute`` masks ``maps > threshold``; ``deviations`` masks where a map exceeds its mean by more than
-    ``threshold`` of its standard deviations; ``quantile`` masks in each image exactly ``round((1 - threshold) * H * W)``
-    pixels, those with the highest values. ``rest`` is the same rule on ``1 - maps``. At most
-    ``round(max_share * H * W)`` pixels are masked, the highest. Ties are broken by a fixed random order of the places,
-    the same for all images, so that a plateau is thinned evenly.
+    ``absolute`` masks ``maps > threshold``; ``deviations`` where a map exceeds its mean by more than ``threshold`` of
+    its standard deviations; ``quantile`` exactly ``round((1 - threshold) * H * W)`` pixels of each map, the highest.
+    ``rest`` is the same rule on ``1 - maps``. At most ``round(max_share * H * W)`` pixels are masked, the highest. Ties
+    are broken by a fixed random order of the places, the same for all images, so that a plateau is thinned evenly.
     """
     maps = 1 - maps if mask_region == "rest" else maps
     places = maps.shape[1] * maps.shape[2]

@@ -1,8 +1,7 @@
 """One epoch of training, and evaluation; proxy steps and runs are not known here.
 
 Within an epoch the host never waits for the device: order, labels and the few numbers of an augmentation are sent
-ahead, and losses stay on the device until the epoch ends. With fp16 that holds because the fused optimizers skip a step
-with infinite gradients on the device themselves.
+ahead, losses stay there until the epoch ends, and with fp16 the fused optimizers skip infinite gradients by themselves.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from pa_core import batch, models
@@ -36,7 +36,7 @@ class NonFiniteLoss(RuntimeError):
     """The loss became infinite or NaN; the message says in which epoch and step."""
 
 
-@dataclass(kw_only=True)
+@dataclass
 class State:
     """All that training changes."""
 
@@ -75,11 +75,8 @@ def create_state(
     """
     e, schedulers = experiment, torch.optim.lr_scheduler
     model.to(device).to(memory_format=memory_format(device))
-    if e.optimizer == "sgd":
-        kind, momentum = torch.optim.SGD, {"momentum": 0.9, "nesterov": True}
-    else:
-        kind, momentum = torch.optim.AdamW, {}
-    optimizer = kind(model.parameters(), lr=e.lr, weight_decay=e.weight_decay, fused=True, **momentum)
+    how: Any = {"lr": e.lr, "weight_decay": e.weight_decay, "momentum": 0.9, "fused": True}
+    optimizer = create_optimizer_v2(model, opt=e.optimizer, filter_bias_and_bn=False, **how)
     if e.scheduler == "onecycle":
         scheduler = schedulers.OneCycleLR(optimizer, max_lr=e.lr, total_steps=max(total_steps, 2))
     elif e.scheduler == "cosine":
@@ -87,8 +84,7 @@ def create_state(
     else:
         scheduler = schedulers.ConstantLR(optimizer, factor=1.0)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    return State(model=model, forward=model, **parts, device=device, dtype=dtype)
+    return State(model, model, optimizer, scheduler, scaler, device, dtype)
 
 
 def try_compile(state: State, example: Tensor, log: Callable[[str], None] = print) -> str:
@@ -161,7 +157,7 @@ def weighted_loss(logits: Tensor, made: batch.Batch, *, label_smoothing: float) 
     return (each * made.weights).sum() / made.weights.sum().clamp(min=1)
 
 
-def batches(n: int, *, draws: int, batch_size: int, seed: int, epoch: int) -> Sequence[Tensor]:
+def batches(n: int, *, draws: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
     """``draws`` of ``n`` positions in random order, in batches of at most ``batch_size``, equal but for one image.
 
     Otherwise the last batch could hold one image, with which batch normalisation fails.

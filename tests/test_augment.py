@@ -8,7 +8,7 @@ from scipy.stats import kstest
 from torch.nn import functional as F
 
 from pa_core import augment
-from pa_core.augment import ERASE_AREA, ERASE_ASPECT, Geometry, cutmix, erase, generators, mixup, soft_labels
+from pa_core.augment import ERASE_AREA, ERASE_ASPECT, cutmix, erase, generators, mixup, soft_labels
 from pa_core.params import Experiment
 
 
@@ -17,11 +17,11 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def moved(images: torch.Tensor, kinds: str, seed: int = 0) -> torch.Tensor:
-    return geometry(len(images), images.shape[-1], kinds, generators(seed, 1)).apply(images)
+    return augment.moved(images, **geometry(len(images), images.shape[-1], kinds, generators(seed, 1)))
 
 
-def geometry(n: int, size: int, kinds: str, draws: augment.Draws) -> Geometry:
-    return Geometry.draw(n, size, kinds=frozenset(kinds.split(",")), draws=draws, device=torch.device("cpu"))
+def geometry(n: int, size: int, kinds: str, draws: augment.Draws) -> dict[str, torch.Tensor]:
+    return augment.geometry(n, size, kinds=frozenset(kinds.split(",")), draws=draws, device=torch.device("cpu"))
 
 
 def picture(size: int = 8) -> torch.Tensor:
@@ -76,13 +76,13 @@ def test_flip_and_crop_together_are_a_crop_of_the_image_or_of_its_mirror():
 
 def test_rotation_turns_counter_clockwise_each_sample_by_its_own_angle():
     images = torch.rand(4, 3, 6, 6, generator=generator(2))
-    turned = augment._rotate(images, torch.tensor([0.0, 90.0, 180.0, -90.0]))
+    turned = augment.moved(images, degrees=torch.tensor([0.0, 90.0, 180.0, -90.0]))
     for i in range(4):
         assert torch.allclose(turned[i], images[i].rot90(i, (1, 2)), atol=1e-5)
     # the point (x, y) = (20, 0) right of the centre goes to (20 cos a, 20 sin a), upwards
     image = torch.zeros(1, 1, 65, 65)
     image[0, 0, 32, 52] = 1
-    turned = augment._rotate(image, torch.tensor([15.0]))[0, 0]
+    turned = augment.moved(image, degrees=torch.tensor([15.0]))[0, 0]
     y, x = torch.meshgrid(torch.arange(65.0), torch.arange(65.0), indexing="ij")
     assert ((turned * x).sum() / turned.sum()).item() == pytest.approx(32 + 20 * 0.9659, abs=0.1)
     assert ((turned * y).sum() / turned.sum()).item() == pytest.approx(32 - 20 * 0.2588, abs=0.1)
@@ -92,8 +92,8 @@ def test_rotation_leaves_no_empty_corner_and_angles_stay_within_fifteen_degrees(
     images = torch.full((50, 3, 16, 16), 200, dtype=torch.uint8)
     out = moved(images, "rotate")
     assert out.dtype == torch.uint8 and torch.equal(out, images)
-    degrees = geometry(2000, 8, "rotate", generators(0, 1)).degrees
-    assert degrees is not None and -15 <= degrees.min() < -14.9 and 14.9 < degrees.max() <= 15
+    degrees = geometry(2000, 8, "rotate", generators(0, 1))["degrees"]
+    assert -15 <= degrees.min() < -14.9 and 14.9 < degrees.max() <= 15
     assert degrees.mean().abs() < 0.5 and len(degrees.unique()) > 1900
 
 
@@ -104,11 +104,12 @@ def test_what_is_marked_in_an_image_and_in_its_map_stays_together(kinds):
     images = (maps * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
     before = images.clone()
     move = geometry(64, 16, kinds, generators(5, 2))
-    seen, values = move.apply(images), move.apply(maps)
+    seen, values = augment.moved(images, **move), augment.moved(maps, **move)
     assert ((seen / 255 - values).abs() < 1.01 / 255).all() and torch.equal(images, before)
     assert (kinds == "none") == torch.equal(seen, images)
     rows = torch.tensor([60, 3, 3])
-    assert torch.equal(move.of(rows).apply(maps[rows]), values[rows])  # maps of some images alone
+    some = {name: drawn[rows] for name, drawn in move.items()}
+    assert torch.equal(augment.moved(maps[rows], **some), values[rows])  # maps of some images alone
 
 
 # Erasing

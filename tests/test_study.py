@@ -91,7 +91,7 @@ def test_all_arms_get_the_same_split_draws_steps_and_learning_rates(folder, tmp_
     def watching(n, **keywords):
         made = list(real(n, **keywords))
         orders.append((n, [batch.tolist() for batch in made]))
-        return iter(made)
+        return made
 
     monkeypatch.setattr(train, "batches", watching)
     small = {"dataset": "folder", "data_dir": str(folder), "folds": 5, "train_fraction": 1.0, "batch_size": 16}
