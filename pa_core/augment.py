@@ -130,8 +130,9 @@ def erase(images: Tensor, maps: Tensor | None, *, region: str, probability: floa
         best = sums.argmax(0) if region == "attended" else sums.argmin(0)
         best = torch.where(sums.amax(0) > sums.amin(0), best, 0)
         box = boxes.gather(1, best.expand(4, 1, n)).squeeze(1)
-    erased = _inside(box, size) & send(coin < probability, images.device)[:, None, None, None]
-    return torch.where(erased, to_float(send(noise, images.device)), images)
+    rows, columns = _spans(box, size)
+    erased = rows[:, :, None] & columns[:, None, :] & send(coin < probability, images.device)[:, None, None]
+    return torch.where(erased[:, None], to_float(send(noise, images.device)), images)
 
 
 def _spans(boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -139,12 +140,6 @@ def _spans(boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     place = torch.arange(size, device=boxes.device)
     top, bottom, left, right = boxes[..., None]
     return (place >= top) & (place < bottom), (place >= left) & (place < right)
-
-
-def _inside(box: Tensor, size: int) -> Tensor:
-    """Rectangles int64 [4, n] -> bool [n, 1, S, S]."""
-    rows, columns = _spans(box, size)
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 def cutmix(
@@ -166,13 +161,14 @@ def cutmix(
     share = torch.from_numpy(betaincinv(alpha, alpha, share.double().numpy())).float()
     box = _cut(torch.where(coin < probability, share, 1.0), y, x, size)
     area = send(1 - (box[1] - box[0]) * (box[3] - box[2]) / size**2, images.device)
-    inside, partner = _inside(send(box, images.device), size), send(partner, images.device)
-    mixed = torch.where(inside, images[partner], images)
+    rows, columns = _spans(send(box, images.device), size)
+    inside, partner = rows[:, :, None] & columns[:, None, :], send(partner, images.device)
+    mixed = torch.where(inside[:, None], images[partner], images)
     if maps is None:
         return mixed, partner, area
     maps = torch.where(maps.amax((1, 2), keepdim=True) > 0, maps, 1)
     spread = (1 - FLAT) * (maps / maps.sum((1, 2), keepdim=True)) + FLAT / size**2
-    kept, shown = (spread * ~inside[:, 0]).sum((1, 2)), (spread[partner] * inside[:, 0]).sum((1, 2))
+    kept, shown = (spread * ~inside).sum((1, 2)), (spread[partner] * inside).sum((1, 2))
     by_map = torch.where(kept + shown < HARDLY_VISIBLE, area, kept / (kept + shown))
     return mixed, partner, (area + by_map) / 2
 

@@ -34,8 +34,7 @@ class Pool:
     @classmethod
     def of(cls, part: Part) -> Pool:
         """The part as it is, without maps."""
-        n = len(part)
-        off = torch.zeros(n, dtype=torch.bool)
+        n, off = len(part), torch.zeros(len(part), dtype=torch.bool)
         maps = torch.zeros(0, 1, 1, dtype=torch.float16, device=part.resident or "cpu")
         return cls(part=part, origin=torch.arange(n), row=torch.full((n,), -1), proxied=off, withheld=off, maps=maps)
 

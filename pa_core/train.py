@@ -76,7 +76,7 @@ def create_state(
     e, schedulers = experiment, torch.optim.lr_scheduler
     model.to(device).to(memory_format=memory_format(device))
     how: Any = {"lr": e.lr, "weight_decay": e.weight_decay, "momentum": 0.9, "fused": True}
-    optimizer = create_optimizer_v2(model, opt=e.optimizer, filter_bias_and_bn=False, **how)
+    optimizer = create_optimizer_v2(model.parameters(), opt=e.optimizer, filter_bias_and_bn=False, **how)
     if e.scheduler == "onecycle":
         scheduler = schedulers.OneCycleLR(optimizer, max_lr=e.lr, total_steps=max(total_steps, 2))
     elif e.scheduler == "cosine":
@@ -99,7 +99,7 @@ def try_compile(state: State, example: Tensor, log: Callable[[str], None] = prin
             trial = torch.compile(copy.deepcopy(state.model).train())
             trial(example).float().sum().backward()
     except Exception as error:  # the compiler's errors have no common class
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
         log(f"compile: not possible here, training goes on without it ({reason})")
         return reason
     state.forward = torch.compile(state.model)
@@ -119,12 +119,11 @@ def train_one_epoch(
     """
     started, epoch, e, device = time.perf_counter(), state.epoch + 1, experiment, state.device
     state.model.train()
-    random = generators(e.seed, epoch)
     order = batches(len(pool), draws=draws, batch_size=batch_size, seed=e.seed, epoch=epoch)
     labels = send(pool.labels[torch.cat(order)], device).split([len(index) for index in order])
     losses = torch.zeros(len(order), device=device)
     correct, lr = torch.zeros((), device=device, dtype=torch.long), 0.0
-    how: Any = {"classes": state.model.classes, "pool": pool, "experiment": e, "draws": random}
+    how: Any = {"classes": state.model.classes, "pool": pool, "experiment": e, "draws": generators(e.seed, epoch)}
     for step, images in enumerate(feed(pool.part, [pool.origin[index] for index in order], device)):
         made = batch.make(images, labels[step], index=order[step], **how)
         with autocast(device, state.dtype):
