@@ -1,9 +1,9 @@
 """Geometry, erasing and mixing of whole batches on their device, each sample with its own parameters.
 
-Every kind draws from a generator of its own, on the CPU, and as many numbers as the batch has images, whatever their
-maps are: adding a kind, or another map, changes no draw of another kind, and every device sees the same draws. Only the
-fills ``patch`` and ``noise`` draw once for each batch in which an image is masked. To add a kind: a function here, a
-line in :func:`change`, a name in `coerce.AUGMENTATIONS`.
+Every kind draws from a generator of its own, on the CPU, as many numbers as the batch has images, whatever their maps
+are: adding a kind, or another map, changes no draw of another kind, and every device sees the same draws. Only the
+fills ``patch`` and ``noise`` draw in those batches alone in which an image is masked, each from its own generator.
+To add a kind: a function here, a line in :func:`change`, a name in `coerce.AUGMENTATIONS`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ def generators(seed: int, epoch: int) -> Draws:
 def change(
     images: Tensor, labels: Tensor, maps: Tensor | None, *, classes: int, experiment: Experiment, draws: Draws
 ) -> tuple[Tensor, Tensor]:
-    """Erase and mix images, float32 [n, 3, S, S] in [0, 1]: the images, and the targets.
+    """Erase and mix: images float32 [n, 3, S, S] in [0, 1], and targets as a `batch.Batch` has them.
 
-    Targets are the labels, int64 [n], or where these are mixed float32 [n, classes] with rows that sum to 1. Maps,
-    float32 [n, S, S] in [0, 1], are 0 everywhere for an image without one; None where no kind uses them.
+    Maps float32 [n, S, S] in [0, 1] are 0 everywhere for an image without one; None where no kind uses them.
     """
     e = experiment
     if "erase" in e.augmentations:
@@ -66,10 +65,7 @@ def soft_labels(labels: Tensor, partner: Tensor, share: Tensor, *, classes: int)
 
 
 def geometry(n: int, size: int, *, kinds: frozenset[str], draws: Draws, device: torch.device) -> dict[str, Tensor]:
-    """How each image of a batch is moved, as :func:`moved` takes it, without what is not done.
-
-    Rotated by -15 to 15 degrees, drawn evenly; cropped after padding by S // 8 (reflected); half of them flipped.
-    """
+    """Draw for :func:`moved`: turn by -15 to 15 degrees, crop after reflecting S // 8 pixels, flip half of them."""
     how, last, at = {}, size - 1, torch.arange(size).repeat(2, n, 1)  # rows and columns
     if "rotate" in kinds:
         how["degrees"] = send((torch.rand(n, generator=draws["rotate"]) * 2 - 1) * DEGREES, device)
@@ -88,8 +84,8 @@ def geometry(n: int, size: int, *, kinds: frozenset[str], draws: Draws, device: 
 def moved(images: Tensor, *, degrees: Tensor | None = None, place: Tensor | None = None) -> Tensor:
     """Images uint8 [n, 3, S, S] or maps float [n, 1, S, S], turned, then cropped and flipped, which changes no value.
 
-    They turn counter-clockwise about their centre by ``degrees`` [n], bilinear, reflected at the borders; ``place``,
-    int64 [n, 1, S * S], says which pixel each pixel then shows.
+    ``degrees`` [n] turn counter-clockwise about the centre, bilinear, reflected at the borders; ``place``, int64
+    [n, 1, S * S], says which pixel each pixel then shows.
     """
     if degrees is not None:
         angle = degrees.deg2rad()
@@ -107,10 +103,9 @@ def moved(images: Tensor, *, degrees: Tensor | None = None, place: Tensor | None
 def erase(images: Tensor, maps: Tensor | None, *, region: str, probability: float, draws: torch.Generator) -> Tensor:
     """Random erasing (Zhong et al. 2020, RE-R): a rectangle is replaced by noise. Shapes as in :func:`change`.
 
-    Its area is 2 to 40 % of the image, drawn evenly, its aspect ratio within 0.3 to 1 / 0.3 and such that it fits,
-    drawn evenly on a log scale. Eight places are drawn for it: ``anywhere`` takes the first, ``attended`` the one with
-    the highest mean of the map, ``spared`` the lowest (KeepAugment, Gong et al. 2021); an image without a map the
-    first. The noise (0 to 1 in each pixel and channel) is drawn once a batch.
+    Its area is 2 to 40 % of the image, drawn evenly; its aspect ratio 0.3 to 1 / 0.3, such that it fits, evenly on a
+    log scale. Of eight places, ``anywhere`` and an image without a map take the first, ``attended`` that with the
+    highest mean of the map, ``spared`` the lowest (KeepAugment, Gong et al. 2021). The noise is drawn once a batch.
     """
     n, size = len(images), images.shape[-1]
     coin, area, aspect = torch.rand(3, n, generator=draws)
@@ -147,11 +142,11 @@ def cutmix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A rectangle with its centre anywhere shows another image of the batch (Yun et al. 2019).
 
-    Gives images, partner int64 [n] within the batch, share float32 [n] of the own label. The rectangle's share of the
-    image is 1 - s, s from Beta(alpha, alpha); where the border cuts it off, less. The label counts the share of pixels
-    left. With maps it counts half of that and half of ``rho_i / (rho_i + rho_j)``, rho the visible share of each
-    image's map (SnapMix, Huang et al. 2021; Saliency Grafting, Park et al. 2022); each map is normalised to sum 1 and
-    mixed with a flat part of 0.2. An image without a map has a flat one: with flat maps this is CutMix.
+    Gives images, partner int64 [n] in the batch, share float32 [n] of the own label. The rectangle takes 1 - s of the
+    image, s from Beta(alpha, alpha), less where the border cuts it off. The label counts the share of pixels left; with
+    maps half of that and half of ``rho_i / (rho_i + rho_j)``, rho the visible share of each image's map (SnapMix, Huang
+    et al. 2021; Saliency Grafting, Park et al. 2022), normalised to sum 1 and mixed with a flat part of 0.2. An image
+    without a map has a flat one: with flat maps this is CutMix.
     """
     from scipy.special import betaincinv  # here, because every start of a run imports this module
 

@@ -1,8 +1,7 @@
 """One training batch on its device: images, labels and maps -> what the network sees.
 
-In this order: flip, crop and rotation (`augment.moved`), proxies, erasing, mixing. A map is upsampled and moved with
-its image first, so that shares and quantiles are taken of what the network sees. The host never waits for the device:
-which images are changed by a map is known on the CPU.
+Moved (rotation, crop, flip), masked, erased, mixed. A map is upsampled and moved with its image first, so that shares
+and quantiles are of what the network sees. Which images it changes is known on the CPU: the host never waits.
 """
 
 from __future__ import annotations
@@ -63,10 +62,9 @@ class Batch(NamedTuple):
 def make(
     images: Tensor, labels: Tensor, *, classes: int, pool: Pool, index: Tensor, experiment: Experiment, draws: Draws
 ) -> Batch:
-    """The batch at the positions ``index`` of a pool, int64 [n] on the CPU, augmented.
+    """The batch at the positions ``index`` of a pool, int64 [n] on the CPU, augmented with `augment.generators`.
 
-    Images uint8 [n, 3, S, S], those at ``pool.origin[index]``, and labels int64 [n] are on the device; the draws are
-    this epoch's `augment.generators`.
+    Images uint8 [n, 3, S, S], those at ``pool.origin[index]``, and labels int64 [n] are on the device.
     """
     e, n, size, device = experiment, len(images), images.shape[-1], images.device
     uses_maps = e.erase_region != "anywhere" or e.mix_labels == "attention"  # besides masking

@@ -27,8 +27,8 @@ def _noise(images: Tensor, ids: Sequence[str], seed: int) -> Tensor:
     drawn = torch.empty(images.shape)
     for image, name in zip(drawn, ids, strict=True):
         image.normal_(generator=torch.Generator().manual_seed(derived_seed(seed, "noise", name)))
-    mean, spread = images.mean((2, 3), keepdim=True), images.std((2, 3), keepdim=True)
-    return (mean + spread * send(drawn, images.device)).clamp(0, 1)
+    scaled = images.std((2, 3), keepdim=True) * send(drawn, images.device)
+    return (images.mean((2, 3), keepdim=True) + scaled).clamp(0, 1)
 
 
 FILLS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -119,13 +119,11 @@ def apply(
     ``weight`` in [0, 1], rising from the mask's edge as :func:`feathered` has it. Fills: ``zero``, ``one``; ``mean``,
     ``max``, ``min``, ``half_max`` of the image, per channel; ``noise``, normal with the image's mean and standard
     deviation per channel, cut to [0, 1], seeded by ``seed`` and the ids (by default "0", "1", ...); ``blur``, the image
-    under a Gaussian with sigma = side / 8; ``patch``, the same place of the donors. With ``blend`` the heatmap M is the
-    dimmer, ``where(mask, (1 - w * M) * image, image)`` (with ``mask_region = rest``, 1 - M); with ``none`` nothing
-    changes.
+    under a Gaussian with sigma = side / 8; ``patch``, the same place of the donors; ``none``, the image. With ``blend``
+    the map M is the dimmer: ``where(mask, (1 - w * M) * image, image)``, with ``mask_region = rest`` 1 - M.
     """
     w = weight * feathered(mask, feather=feather).unsqueeze(1) if feather else weight
-    if fill == "patch":
-        assert donors is not None
+    if fill == "patch" and donors is not None:
         filling = donors
     elif fill == "noise":
         filling = _noise(images, ids or [str(i) for i in range(len(images))], seed)

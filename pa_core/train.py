@@ -68,15 +68,11 @@ class State:
 def create_state(
     model: models.Classifier, experiment: Experiment, *, total_steps: int, device: torch.device, dtype: torch.dtype
 ) -> State:
-    """Optimiser, learning-rate schedule over ``total_steps`` and gradient scaler for a model.
-
-    ``sgd`` has Nesterov momentum 0.9; both optimisers are fused: all parameters are updated in one pass. The scheduler
-    takes one step per batch; ``lr`` is its highest value.
-    """
+    """A model on its device, its optimiser, a schedule of the learning rate by batch (at most ``lr``), and a scaler."""
     e, schedulers = experiment, torch.optim.lr_scheduler
     model.to(device).to(memory_format=memory_format(device))
     how: Any = {"lr": e.lr, "weight_decay": e.weight_decay, "momentum": 0.9, "fused": True}
-    optimizer = create_optimizer_v2(model.parameters(), opt=e.optimizer, filter_bias_and_bn=False, **how)
+    optimizer = create_optimizer_v2(model.parameters(), opt=e.optimizer, **how)
     if e.scheduler == "onecycle":
         scheduler = schedulers.OneCycleLR(optimizer, max_lr=e.lr, total_steps=max(total_steps, 2))
     elif e.scheduler == "cosine":
@@ -90,8 +86,7 @@ def create_state(
 def try_compile(state: State, example: Tensor, log: Callable[[str], None] = print) -> str:
     """Compile the training step's forward pass, or say why not and train without: ``compiled``, or the reason.
 
-    Tried on a copy, forward and backward, with images float [n, 3, S, S] in [0, 1] on the device, so that the model
-    itself and the RNG stay as they are.
+    Tried on a copy with images float [n, 3, S, S] in [0, 1] on the device; the model itself and the RNG stay as found.
     """
     devices = [state.device] if state.device.type == "cuda" else []
     try:
@@ -114,8 +109,7 @@ def train_one_epoch(
     Order and augmentation depend on seed and epoch alone, so that arms with and without proxies, and a resumed run, see
     the same. Gives train_loss (nats, mean over the images that count in it), train_accuracy (of all images drawn, as
     the network saw them), lr (of the last step), images_per_second, seconds. Where labels are mixed, the loss is that
-    against soft labels, and a prediction is right when it is the class with the largest share. NonFiniteLoss names the
-    epoch and the first bad step.
+    against soft labels, and the class with the largest share is right. NonFiniteLoss names the first bad step.
     """
     started, epoch, e, device = time.perf_counter(), state.epoch + 1, experiment, state.device
     state.model.train()
@@ -157,10 +151,7 @@ def weighted_loss(logits: Tensor, made: batch.Batch, *, label_smoothing: float) 
 
 
 def batches(n: int, *, draws: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """``draws`` of ``n`` positions in random order, in batches of at most ``batch_size``, equal but for one image.
-
-    Otherwise the last batch could hold one image, with which batch normalisation fails.
-    """
+    """``draws`` of ``n`` positions in random order, in nearly equal batches, as batch norm fails on one image."""
     generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
     return torch.randperm(n, generator=generator)[:draws].tensor_split(steps_per_epoch(draws, batch_size))
 
@@ -201,10 +192,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: nn.Module, pool: Pool, *, device: torch.device, dtype: torch.dtype, experiment: Experiment | None = None
 ) -> Evaluation:
-    """Loss and accuracy on all images, in eval mode without augmentation; the model's mode is left as found.
-
-    The pool's proxies are masked as an experiment says, as in the predecessor's evaluation; without one, none is.
-    """
+    """Loss and accuracy on all images in eval mode, left as found; with an experiment, the pool's proxies masked."""
     training, random, logits = model.training, generators(0, 0), []
     model.eval()
     order = torch.arange(len(pool)).split(evaluation_batch(pool.part))

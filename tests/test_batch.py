@@ -218,6 +218,8 @@ def test_no_kind_changes_the_draws_of_another():
         assert all(alone[other].equal(fresh[other]) for other in AUGMENTATIONS if other != name)
     assert all(states(plain, augment=everything)[name].equal(whole[name]) for name in (*AUGMENTATIONS, "proxy"))
     assert whole["proxy"].equal(states(plain, augment="none")["proxy"])
+    assert not whole["patch"].equal(fresh["patch"])  # drawn only where an image is masked
+    assert states(plain, fill="patch")["patch"].equal(fresh["patch"])
 
 
 def test_evaluating_proxies_masks_each_and_nothing_else():
