@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pa_core import attribution, data, device, models, protocol, runs, schedule, selection
+from pa_core import attribution, data, device, models, protocol, runs, schedule, selection, train
 from pa_core.errors import ParameterError
 from pa_core.files import runs_home
 from pa_core.params import Experiment, derived_seed
@@ -25,57 +26,37 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     digest: str  # the run's identity
+    weights_digest: str  # of the file that ``pretrained`` names, else empty
     path: Path  # where the run lies, or will lie
-
-    @property
-    def precision(self) -> str:
-        """The name of ``dtype``."""
-        return str(self.dtype).removeprefix("torch.")
 
 
 def load_data(experiment: Experiment) -> data.Dataset:
     """The experiment's dataset, split."""
-    e = experiment
-    return data.load(
-        dataset=e.dataset,
-        data_dir=e.data_dir,
-        bad_images=e.bad_images,
-        image_size=e.image_size,
-        train_fraction=e.train_fraction if e.protocol == "clean" else 1.0,  # else the share that each stage draws
-        folds=e.folds,
-        fold=e.fold,
-        seed=e.seed,
-    )
+    names = ("dataset", "data_dir", "bad_images", "image_size", "folds", "fold", "seed")
+    share = experiment.train_fraction if experiment.protocol == "clean" else 1.0  # else what each stage draws
+    return data.load(**{name: getattr(experiment, name) for name in names}, train_fraction=share)
 
 
 def prepare(experiment: Experiment) -> Prepared:
-    """Check everything that can be checked, the cheap things first, and load data and model.
-
-    Raises:
-        ParameterError: a parameter is refused.
-    """
+    """Load data and model. ParameterError where anything is refused that can be known before training."""
     where = device.resolve_device(experiment.device)
     dtype = device.resolve_precision(experiment.precision, where)
     models.check_name(experiment.model)
     e = _resolved(experiment)
     attribution.check(e.xai, smooth=e.smooth)
-    weights = file_digest(e.pretrained)
+    weights = _file_digest(e.pretrained)
     dataset = load_data(e)
-    protocol.check(e, len(dataset.train))
-    _check_steps(e, len(dataset.train))
-    model = models.create(
-        e.model,
-        classes=len(dataset.classes),
-        image_size=dataset.image_size,
-        pretrained=e.pretrained,
-        cam_layer=e.cam_layer,
-        seed=derived_seed(e.seed, "initialisation"),
-    )
+    size, classes = dataset.image_size, len(dataset.classes)
+    _check_counts(e, len(dataset.train))
+    how = {"pretrained": e.pretrained, "cam_layer": e.cam_layer, "seed": derived_seed(e.seed, "initialisation")}
+    model = models.create(e.model, classes=classes, image_size=size, **how)
     if e.explains:
         attribution.check(e.xai, smooth=e.smooth, model=model)
-    digest = e.digest(data=dataset.digest, image_size=dataset.image_size, weights=weights)
+    _check_smallest_batch(e, len(dataset.train), model, size)
+    digest = e.digest(data=dataset.digest, image_size=size, weights=weights)
     path = runs.directory(runs_home(e.runs_dir), e, digest)
-    return Prepared(experiment=e, dataset=dataset, model=model, device=where, dtype=dtype, digest=digest, path=path)
+    resolved = {"device": where, "dtype": dtype, "digest": digest, "weights_digest": weights, "path": path}
+    return Prepared(experiment=e, dataset=dataset, model=model, **resolved)
 
 
 def _resolved(experiment: Experiment) -> Experiment:
@@ -84,20 +65,31 @@ def _resolved(experiment: Experiment) -> Experiment:
     return experiment.replace(xai=attribution.resolve(experiment.xai), data_dir=data_dir)
 
 
-def _check_steps(e: Experiment, n: int) -> None:
-    """Refuse proxy steps that cannot work, as far as that is known before training."""
-    if not schedule.steps(e.schedule):
-        return
-    chosen = n if e.select == "all" else selection.count(n, e.fraction)
-    if e.explains and e.permute_maps and chosen < 2:
+def _check_counts(e: Experiment, n: int) -> None:
+    """Refuse what ``n`` training images are too few for."""
+    if e.protocol != "clean" and (count := protocol.subset_size(n, e)) < 2:
+        allowed = f"must be larger: it draws {count} of {n} images, and there must be two to halve"
+        raise ParameterError("train_fraction", e.train_fraction, allowed)
+    if e.explains and e.permute_maps and selection.count(n, 1 if e.select == "all" else e.fraction) < 2:
         raise ParameterError("fraction", e.fraction, f"must select two images or more to permute their maps, of {n}")
-    if e.masks and e.fill == "patch" and e.batch_size == 1:
-        raise ParameterError(
-            "batch_size", 1, "must be at least 2 with fill='patch', which takes another image's pixels"
-        )
+    if schedule.steps(e.schedule) and e.masks and e.fill == "patch" and e.batch_size == 1:
+        allowed = "must be at least 2 with fill='patch', which takes another image's pixels"
+        raise ParameterError("batch_size", e.batch_size, allowed)
 
 
-def file_digest(pretrained: bool | str) -> str:
+def _check_smallest_batch(e: Experiment, n: int, model: models.Classifier, size: int) -> None:
+    """Refuse a batch of one image where the network cannot train on it: it normalises a 1 x 1 map over the batch."""
+    images = protocol.epoch_size(n, e)
+    if e.batch_size == "auto" or images // train.steps_per_epoch(images, int(e.batch_size)) > 1:
+        return
+    try:
+        copy.deepcopy(model).train()(torch.zeros(1, 3, size, size))
+    except ValueError as error:
+        allowed = f"must be larger: of {images} images a batch would hold one alone, on which {e.model} cannot train"
+        raise ParameterError("batch_size", e.batch_size, allowed) from error
+
+
+def _file_digest(pretrained: bool | str) -> str:
     if not isinstance(pretrained, str):
         return ""
     path = Path(pretrained).expanduser()
@@ -110,14 +102,11 @@ def file_digest(pretrained: bool | str) -> str:
 def locate(experiment: Experiment, *, identity: tuple[str, int] | None = None) -> Path:
     """Where the run with these parameters lies, or would lie. Decodes no image and builds no network.
 
-    Args:
-        identity: the dataset's digest and image size, where they are known already.
+    ``identity``: the dataset's digest and image size, where they are known already.
     """
-    e = _resolved(experiment)
-    data_digest, size = identity or data.identify(
-        dataset=e.dataset, data_dir=e.data_dir, bad_images=e.bad_images, image_size=e.image_size
-    )
-    digest = e.digest(data=data_digest, image_size=size, weights=file_digest(e.pretrained))
+    e, names = _resolved(experiment), ("dataset", "data_dir", "bad_images", "image_size")
+    known, size = identity or data.identify(**{name: getattr(e, name) for name in names})
+    digest = e.digest(data=known, image_size=size, weights=_file_digest(e.pretrained))
     return runs.directory(runs_home(e.runs_dir), e, digest)
 
 

@@ -414,7 +414,7 @@ def test_a_run_on_disk(tmp_path):
 def test_balanced_accuracy_counts_every_class_alike():
     labels, right = torch.tensor([0] * 9 + [1]), torch.tensor([[1.0, 0.0]]).repeat(10, 1)
     found, table = metrics.summarise(right, labels), metrics.per_class(labels.numpy(), right.argmax(1).numpy(), "ab")
-    assert found["accuracy"] == pytest.approx(0.9) and found["balanced_accuracy"] == table["recall"].mean() == 0.5
+    assert found["test_accuracy"] == pytest.approx(0.9) and found["balanced_accuracy"] == table["recall"].mean() == 0.5
 
 
 def test_a_non_finite_loss_ends_the_run_without_a_result(tmp_path):
