@@ -1,7 +1,6 @@
 """How good are predictions? Accuracies and shares are fractions in [0, 1].
 
 To add a number to every run's summary.json, and with it a column to `lab.results`: a line in :func:`summarise`.
-scikit-learn is imported at the end of a run, so that the first training step does not wait for it.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,8 +21,6 @@ def summarise(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
     ``test_loss`` is the mean cross-entropy in nats, ``balanced_accuracy`` the mean recall of the classes that occur.
     """
-    from sklearn.metrics import balanced_accuracy_score
-
     predicted = logits.argmax(1)
     return {
         "test_accuracy": float((predicted == labels).double().mean()),
@@ -33,18 +31,13 @@ def summarise(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 def per_class(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> pd.DataFrame:
     """Precision, recall, F1 and support, a row per class; 0 where a class was never predicted. Labels int64 [N]."""
-    from sklearn.metrics import precision_recall_fscore_support
-
     measured = precision_recall_fscore_support(labels, predicted, labels=range(len(classes)), zero_division=0)
-    return pd.DataFrame(
-        dict(zip(("class", "precision", "recall", "f1", "support"), (list(classes), *measured), strict=True))
-    )
+    names = ("class", "precision", "recall", "f1", "support")
+    return pd.DataFrame(dict(zip(names, (list(classes), *measured), strict=True)))
 
 
 def confusion(labels: Sequence[str], predicted: Sequence[str], classes: Sequence[str]) -> pd.DataFrame:
     """Counts: a row per true class, a column per predicted one."""
-    from sklearn.metrics import confusion_matrix
-
     matrix = confusion_matrix(labels, predicted, labels=list(classes))
     return pd.DataFrame(matrix, index=pd.Index(classes, name="true"), columns=pd.Index(classes, name="predicted"))
 

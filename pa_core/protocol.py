@@ -1,20 +1,16 @@
 """What each stage of a schedule trains on, and from which images its proxy step may choose.
 
-``clean`` (the default): all training images, some as proxies, the same in every stage.
+``clean`` (the default): all training images, some as proxies, the same in every stage. ``thesis``: what the
+predecessor's published code does, to see what its numbers are made of. Every stage, ``p`` included, draws a share
+(``train_fraction``) of the images and halves them, stratified, while the weights carry over: it trains on one half and
+reports the accuracy on the other. ``p`` trains for an epoch, too; at its end a fraction of the images of its training
+half that the network gets wrong, in random order, become proxies. Those lie beside their originals from then on, but
+only a ``p`` stage reads them. ``thesis_text``: every stage after ``p`` trains on them in the place of their originals;
+the half that is reported on has originals.
 
-``thesis``: what the predecessor's published code does, to see what its numbers are made of. Every stage, ``p``
-included, draws a share (``train_fraction``) of the images and halves them, stratified, while the weights carry over:
-it trains on one half, and the accuracy on the other is what it reports. ``p`` trains for an epoch, too; at its end a
-fraction of the images of its training half that the network gets wrong, in random order, become proxies. Those lie
-beside their originals from then on, but only a ``p`` stage reads them. ``thesis_text`` differs in the proxies alone:
-as the text has it, every stage after ``p`` trains on them in the place of their originals; the half that is reported
-on has originals.
-
-Here the draws are seeded, only the training part is drawn from (never test images or this package's own validation
-images), and every stage has as many images; the predecessor's grow and shrink with the proxies. Not replayed: wrong
-images are found by one pass after the epoch, not during it; proxies are made of originals, not of random crops or of
-proxies; `lr`, `scheduler`, `augment` and `weight_decay` are set by the user (the predecessor's: 8e-5, constant, random
-crop and resize, 1e-5).
+Here the draws are seeded and of the training part alone, never of test or validation images. Not replayed: stages that
+grow and shrink with the proxies; wrong images found during the epoch instead of after it; proxies made of random crops
+and of proxies; a learning rate of 8e-5, random crops and a weight decay of 1e-5, which parameters set here.
 """
 
 from __future__ import annotations

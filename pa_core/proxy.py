@@ -31,9 +31,7 @@ from pa_core.train import evaluate, evaluation_batch, feed
 
 SHOWN = 8  # proxies of each step that are kept as images
 CHUNK = 64  # images explained at once, so that memory does not grow with the number of proxies
-MOST_BYTES_OF_MAPS = 2**28
-"""The scoring pass makes the maps of all training images if they take no more memory than this (an early CAM layer has
-a large grid); otherwise the selected images are explained in a pass of their own."""
+MOST_BYTES_OF_MAPS = 2**28  # of all training images; with more (an early CAM layer's), scoring does not make them, too
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,9 +49,8 @@ class Step:
 def pool(part: Part, experiment: Experiment, steps: Sequence[Step]) -> Pool:
     """What an epoch draws from, by the maps of some proxy steps, the earliest first.
 
-    ``replace``: an image with a map is masked when it is drawn; where two steps have one, the later counts. ``append``:
-    the proxies follow as entries N, N + 1, ..., each `copies` times. ``withhold``: selected images are left out of the
-    loss.
+    ``replace``: an image with a map is masked when it is drawn, by the later one of two. ``append``: the proxies follow
+    as entries N, N + 1, ..., each `copies` times. ``withhold``: selected images are left out of the loss.
     """
     plain, e, steps = Pool.of(part), experiment, [step for step in steps if len(step.positions)]
     if not steps:
@@ -75,9 +72,6 @@ def pool(part: Part, experiment: Experiment, steps: Sequence[Step]) -> Pool:
     )
 
 
-# Score -> select -> explain -> store
-
-
 def proxy_step(
     model: Classifier,
     part: Part,
@@ -91,11 +85,9 @@ def proxy_step(
 ) -> dict[str, Any]:
     """Make the maps of one step and store them in ``directory``, which appears whole or not at all.
 
-    ``candidates``, int64, are the positions that may be selected under the predecessor's protocol; None for all.
-
-    Returns asked (how many images ``fraction`` asked for), images (how many qualified), masked_share (mean share of
-    masked pixels without augmentation, [0, 1]), unchanged (proxies equal to their original), blank (constant maps, of
-    which a quantile masks random places) and seconds.
+    ``candidates`` int64 may be selected under the predecessor's protocol; None for all. Returns how many images
+    ``fraction`` asked for and how many qualified; masked_share: mean share of masked pixels without augmentation, in
+    [0, 1]; unchanged: proxies equal to their original; blank: constant maps, of which a quantile masks random places.
     """
     started, e, seed = time.perf_counter(), experiment, derived_seed(experiment.seed, "proxy step", step)
     building = directory.with_name(directory.name + ".part")
@@ -122,13 +114,12 @@ def proxy_step(
         picture = made(part, positions[:SHOWN], maps[:SHOWN], e, seed=seed).picture()
         to_pil_image(picture).save(building / "proxies.png")
     building.rename(directory)
-    blank = maps.flatten(1).amax(1) == maps.flatten(1).amin(1)
     return {
         "asked": asked,
         "images": len(table),
         "masked_share": float(table["masked_share"].mean()) if len(table) else 0.0,
         "unchanged": int(table["unchanged"].sum()),
-        "blank": int(blank.sum()) if e.explains else 0,
+        "blank": int((maps.flatten(1).amax(1) == maps.flatten(1).amin(1)).sum()) if e.explains else 0,
         "seconds": time.perf_counter() - started,
     }
 
@@ -202,9 +193,6 @@ def _chunks(n: int) -> tuple[Tensor, ...]:
     return torch.arange(n).tensor_split(-(-n // CHUNK)) if n else ()
 
 
-# Proxies to look at
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Proxies:
     """Proxies beside what they are made from, without augmentation; all on one device."""
@@ -213,9 +201,6 @@ class Proxies:
     maps: Tensor  # float32 [n, S, S] in [0, 1]
     mask: Tensor  # bool [n, S, S]
     images: Tensor  # uint8 [n, 3, S, S]
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def picture(self) -> Tensor:
         """Original, map, mask and proxy side by side, one image per row: uint8 [3, H, W]."""

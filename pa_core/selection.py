@@ -28,10 +28,9 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
     logits = logits.float()
     log_p = logits.log_softmax(1)
     own = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
     return Scores(
         loss=F.nll_loss(log_p, labels, reduction="none"),
-        margin=own - others,
+        margin=own - logits.scatter(1, labels[:, None], float("-inf")).amax(1),
         entropy=-(log_p.exp() * log_p).sum(1),
         predicted=logits.argmax(1),
         labels=labels,

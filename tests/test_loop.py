@@ -394,7 +394,7 @@ def test_a_run_on_disk(tmp_path):
     assert {f.name for f in run.path.iterdir()} - {"lock"} == set(files.split())  # the checkpoint became the weights
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["stage"]) for row in rows] == [(1, 0), (2, 1)]
-    names = "epoch stage train_loss train_accuracy val_loss val_accuracy lr images_per_second seconds"
+    names = "epoch stage train_loss train_accuracy lr images_per_second seconds val_loss val_accuracy"
     assert " ".join(rows[0]) == names
     summary, classes, predictions = run.summary, run.classes, run.predictions
     assert summary["n_test"] == classes["support"].sum() == len(predictions) == 2000 and summary["epochs"] == 2

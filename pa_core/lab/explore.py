@@ -17,9 +17,9 @@ from pa_core import attribution, data, models, proxy, schedule, selection
 from pa_core.batch import Pool, to_pixels
 from pa_core.device import resolve_device
 from pa_core.errors import ParameterError, RunError
+from pa_core.experiment import Prepared, load_data
 from pa_core.lab.results import numbers
 from pa_core.params import Experiment, derived_seed
-from pa_core.prepare import Prepared, load_data
 from pa_core.proxy import SHOWN, Proxies, Step
 from pa_core.runs import Run
 from pa_core.train import evaluate
