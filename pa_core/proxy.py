@@ -31,9 +31,7 @@ from pa_core.train import evaluate, evaluation_batch, feed
 
 SHOWN = 8  # proxies of each step that are kept as images
 CHUNK = 64  # images explained at once, so that memory does not grow with the number of proxies
-MOST_BYTES_OF_MAPS = (
-    2**28
-)  # scoring makes maps, too, if those of all training images take no more (an early layer's may)
+MOST_BYTES_OF_MAPS = 2**28  # with more for all training images (an early layer's), scoring makes none
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
