@@ -3,10 +3,9 @@
 The package is a chain: a module imports only modules that stand before it.
 
     errors -> files -> schedule -> coerce -> params -> data -> models -> attribution -> masking -> selection -> augment
-    -> batch -> metrics -> runs -> device -> train -> proxy -> protocol -> prepare -> experiment -> lab
+    -> batch -> metrics -> runs -> device -> train -> proxy -> protocol -> experiment -> lab
 
-All up to `experiment` makes one run; `lab` compares and draws runs. ``import pa_core`` alone loads no module of it;
-``from pa_core.experiment import run`` loads torch.
+All up to `experiment` makes one run; `lab` compares and draws runs. ``import pa_core`` alone loads none of it.
 """
 
 __version__ = "0.2.0"

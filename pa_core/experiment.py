@@ -1,8 +1,4 @@
-"""Walk the schedule: ``run(experiment) -> Run``.
-
->>> from pa_core.experiment import run
->>> from pa_core.params import Experiment
->>> run(Experiment(schedule="5,p,5", xai="gradcam")).summary["test_accuracy"]       # doctest: +SKIP
+"""One run: ``prepare(experiment)`` checks and loads, ``run(experiment) -> Run`` walks the schedule.
 
 To add an event: a letter in `schedule`, a function here and its row in ``EVENTS``.
 """
@@ -10,57 +6,135 @@ To add an event: a letter in `schedule`, a function here and its row in ``EVENTS
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from pa_core import data, device, files, metrics, models, protocol, runs, schedule, train
+from pa_core import attribution, data, device, files, models, protocol, runs, schedule, selection, train
 from pa_core.batch import Pool, to_pixels
 from pa_core.errors import ParameterError, RunError
 from pa_core.files import shown
 from pa_core.params import SCHEMA, Experiment, derived_seed
-from pa_core.prepare import Prepared, file_digest, find, load_data, locate, prepare
 from pa_core.proxy import Step, proxy_step
 from pa_core.runs import Run
 from pa_core.schedule import Event
 
 Log = Callable[[str], None]
-__all__ = ["EVENTS", "Prepared", "Walk", "find", "load_data", "locate", "prepare", "run", "say"]
+say = partial(print, flush=True)  # at once, so that a line is seen while the run goes on, also in a log file
 
 
-def say(text: str) -> None:
-    """Print a line at once, so that it is seen while the run goes on, also in a log file."""
-    print(text, flush=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """Everything that is checked and loaded before training starts."""
+
+    experiment: Experiment  # xai without its aliases, data_dir absolute
+    dataset: data.Dataset
+    model: models.Classifier  # freshly initialised or with the given weights, on the CPU; a run trains a copy
+    device: torch.device
+    dtype: torch.dtype
+    digest: str  # the run's identity
+    weights_digest: str  # of the file that ``pretrained`` names, else empty
+    path: Path  # where the run lies, or will lie
 
 
-# The run
+def load_data(experiment: Experiment) -> data.Dataset:
+    """The experiment's dataset, split."""
+    names = ("dataset", "data_dir", "bad_images", "image_size", "folds", "fold", "seed")
+    share = experiment.train_fraction if experiment.protocol == "clean" else 1.0  # else what each stage draws
+    return data.load(**{name: getattr(experiment, name) for name in names}, train_fraction=share)
+
+
+def prepare(experiment: Experiment) -> Prepared:
+    """Load data and model. ParameterError where anything is refused that can be known before training."""
+    where = device.resolve_device(experiment.device)
+    dtype = device.resolve_precision(experiment.precision, where)
+    models.check_name(experiment.model)
+    e = _resolved(experiment)
+    attribution.check(e.xai, smooth=e.smooth)
+    dataset = load_data(e)
+    identity = _identity(e, dataset.digest, dataset.image_size)
+    size, classes, seed = dataset.image_size, len(dataset.classes), derived_seed(e.seed, "initialisation")
+    how = {"pretrained": e.pretrained, "cam_layer": e.cam_layer, "seed": seed}
+    model = models.create(e.model, classes=classes, image_size=size, **how)
+    _check(e, len(dataset.train), model, size)
+    return Prepared(experiment=e, dataset=dataset, model=model, device=where, dtype=dtype, **identity)
+
+
+def _check(e: Experiment, n: int, model: models.Classifier, size: int) -> None:
+    """Refuse what this network cannot do, or ``n`` training images of ``size`` pixels are too few for."""
+    if e.explains:
+        attribution.check(e.xai, smooth=e.smooth, model=model)
+    if e.protocol != "clean" and (count := protocol.subset_size(n, e)) < 2:
+        allowed = f"must be larger: it draws {count} of {n} images, and there must be two to halve"
+        raise ParameterError("train_fraction", e.train_fraction, allowed)
+    if e.explains and e.permute_maps and selection.count(n, 1 if e.select == "all" else e.fraction) < 2:
+        raise ParameterError("fraction", e.fraction, f"must select two images or more to permute their maps, of {n}")
+    if schedule.steps(e.schedule) and e.masks and e.fill == "patch" and e.batch_size == 1:
+        raise ParameterError(
+            "batch_size", 1, "must be at least 2 with fill='patch', which takes another image's pixels"
+        )
+    draws = protocol.epoch_size(n, e)
+    if e.batch_size != "auto" and draws // train.steps_per_epoch(draws, int(e.batch_size)) == 1:
+        try:  # batch normalisation of a 1 x 1 map needs two images
+            copy.deepcopy(model).train()(torch.zeros(1, 3, size, size))
+        except ValueError as error:
+            allowed = f"must be larger: of {draws} images a batch would hold one alone, on which {e.model} cannot train"
+            raise ParameterError("batch_size", e.batch_size, allowed) from error
+
+
+def _resolved(experiment: Experiment) -> Experiment:
+    """The experiment with an alias of ``xai`` resolved (it is the same run) and an absolute ``data_dir``."""
+    data_dir = experiment.data_dir and str(Path(experiment.data_dir).expanduser().absolute())
+    return experiment.replace(xai=attribution.resolve(experiment.xai), data_dir=data_dir)
+
+
+def _identity(e: Experiment, data_digest: str, size: int) -> dict[str, Any]:
+    """Digests of the run and of the weights file that ``pretrained`` names; and the run's directory."""
+    file, weights = Path(str(e.pretrained)).expanduser(), ""
+    if isinstance(e.pretrained, str):
+        if not file.is_file():
+            raise ParameterError("pretrained", e.pretrained, "must be true, false or a weights file that exists")
+        weights = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = e.digest(data=data_digest, image_size=size, weights=weights)
+    return {"digest": digest, "weights_digest": weights, "path": runs.directory(files.runs_home(e.runs_dir), e, digest)}
+
+
+def locate(experiment: Experiment, *, identity: tuple[str, int] | None = None) -> Path:
+    """Where the run lies or would lie; decodes no image. ``identity``: the data's digest and image size, if known."""
+    e, names = _resolved(experiment), ("dataset", "data_dir", "bad_images", "image_size")
+    return _identity(e, *(identity or data.identify(**{name: getattr(e, name) for name in names})))["path"]
+
+
+def find(experiment: Experiment | Prepared) -> Run | None:
+    """The finished run with these parameters, made by this code, if there is one. Trains nothing."""
+    run = Run(experiment.path if isinstance(experiment, Prepared) else locate(experiment))
+    return run if run.finished else None
 
 
 def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
     """Train as the schedule says, or continue where such a run stopped, or return it if it is finished.
 
-    Args:
-        experiment: or what :func:`prepare` made of it, which is left as it is.
-        log: receives a line per epoch and event.
-
-    Raises:
-        ParameterError: before anything is trained or written.
-        NonFiniteLoss: with epoch and step; the run has failed and has no result.
-        RunError: the run's files are damaged or cannot be written, or were begun with another split or precision.
+    ``log`` receives a line per epoch and event. What :func:`prepare` made is left as it is. ParameterError: before
+    anything is trained or written. NonFiniteLoss: the run has failed and has no result. RunError: the run's files are
+    damaged or cannot be written, or were begun with another split or precision.
     """
     prepared = experiment if isinstance(experiment, Prepared) else prepare(experiment)
     path, e = prepared.path, prepared.experiment
+    events = schedule.parse(e.schedule, p_trains=e.protocol != "clean")
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        allowed = f"must be a folder that can be written ({error.strerror})"
-        raise ParameterError("runs_dir", e.runs_dir, allowed) from error
+    except OSError as why:
+        raise ParameterError("runs_dir", e.runs_dir, f"must be a folder that can be written ({why.strerror})") from why
     waiting = f"another process trains {path.name}; waiting for it"
     used = [prepared.device] if prepared.device.type == "cuda" else []  # others would each hold memory for nothing
     with files.lock(path / "lock", waiting, log), torch.random.fork_rng(devices=used):
@@ -73,108 +147,95 @@ def run(experiment: Experiment | Prepared, *, log: Log = say) -> Run:
         with device.numerics(e, threads=Run(path).manifest.get("threads")):
             walk = _begin(prepared, log)
             try:
-                _run_events(walk)
+                for event in events[walk.position :]:
+                    EVENTS[event.kind](walk, event)
+                    walk.position += 1
+                    kept = {name: getattr(walk, name) for name in IN_CHECKPOINT}  # the maps are files already
+                    runs.save_checkpoint(path, {"state": walk.state.state_dict(), **kept})
                 _finish(walk)
             except BaseException as error:
-                _note_failure(path, error)
+                status = runs.INTERRUPTED if isinstance(error, KeyboardInterrupt) else runs.FAILED
+                with suppress(RunError):  # a full disk, say; the first error is the one to raise
+                    runs.update_manifest(path, status=status, error=f"{type(error).__name__}: {error}")
                 raise
             finally:
                 walk.board.close()
     return Run(path)
 
 
-def _note_failure(path: Path, error: BaseException) -> None:
-    status = runs.INTERRUPTED if isinstance(error, KeyboardInterrupt) else runs.FAILED
-    try:
-        runs.update_manifest(path, status=status, error=f"{type(error).__name__}: {error}")
-    except RunError as unnoted:  # a full disk, say; the first error is the one to raise
-        error.add_note(str(unnoted))
-
-
 @dataclass(kw_only=True)
 class Walk:
     """A run under way."""
 
-    prepared: Prepared
+    experiment: Experiment
+    path: Path
+    dataset: data.Dataset
     state: train.State
     batch_size: int
     board: SummaryWriter
     log: Log
     position: int = 0  # index of the next event
-    steps: dict[int, Step] = field(default_factory=dict)  # proxy steps whose maps are in use, by number
+    steps: list[int] = field(default_factory=list)  # proxy steps whose maps are in use
     records: list[dict[str, Any]] = field(default_factory=list)  # what proxy_step returned, for all steps so far
     rows: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
 
-    @property
-    def experiment(self) -> Experiment:
-        return self.prepared.experiment
+    def stage(self, event: Event) -> protocol.Stage:
+        """What the event's stage trains on, with the maps that are in use."""
+        steps = [Step.load(Run(self.path).step(number)) for number in self.steps]
+        return protocol.stage(self.dataset.train, self.experiment, number=event.stage, steps=steps)
 
-    @property
-    def path(self) -> Path:
-        return self.prepared.path
-
-    @property
-    def part(self) -> data.Part:
-        return self.prepared.dataset.train
-
-    def stage(self, number: int) -> protocol.Stage:
-        """What a stage trains on, with the maps that are in use."""
-        return protocol.stage(self.part, self.experiment, number=number, steps=list(self.steps.values()))
-
-    def load_step(self, number: int) -> Step:
-        return Step.load(Run(self.path).step(number), self.part.resident or "cpu")
+    def evaluate(self, pool: Pool, masked: Experiment | None = None) -> train.Evaluation:
+        """The network on a pool, as `train.evaluate` has it; NonFiniteLoss: the last update of an epoch shows here."""
+        state = self.state
+        found = train.evaluate(state.model, pool, device=state.device, dtype=state.dtype, experiment=masked)
+        if not math.isfinite(found.loss):
+            raise train.NonFiniteLoss(f"{pool.part.name} loss: not finite after epoch {state.epoch}; try a lower lr")
+        return found
 
 
-IN_CHECKPOINT = ("position", "records", "rows")
+IN_CHECKPOINT = ("position", "steps", "records", "rows")
 
 
 def _begin(prepared: Prepared, log: Log) -> Walk:
     """A new run, or one restored from its checkpoint."""
     path, e, dataset, where = prepared.path, prepared.experiment, prepared.dataset, prepared.device
     manifest, checkpoint = Run(path).manifest, runs.load_checkpoint(path, log)
-    for name, value in {"split_digest": dataset.split_digest, "precision": prepared.precision}.items():
+    precision = str(prepared.dtype).removeprefix("torch.")
+    for name, value in {"split_digest": dataset.split_digest, "precision": precision}.items():
         if manifest and (was := manifest[name]) != value:  # digest and code version are in the directory's name
             raise RunError(f"{shown(path)} cannot be continued: its {name} is {was}, and would now be {value}")
     torch.manual_seed(derived_seed(e.seed, "training"))
-    batch_size = manifest.get("batch_size") or _batch_size(prepared, log)
+    batch_size = manifest.get("batch_size", e.batch_size)
+    if batch_size == "auto":
+        sizes = {"image_size": dataset.image_size, "n": len(dataset.train)}
+        batch_size = device.auto_batch_size(prepared.model, **sizes, device=where, dtype=prepared.dtype)
+        log(f"batch_size auto: {batch_size}")
     if data.fits([dataset.train, dataset.val], where):  # test images are read once: they stay in the cache
-        prepared = replace(prepared, dataset=replace(dataset, train=dataset.train.on(where), val=dataset.val.on(where)))
-    total = e.length * train.steps_per_epoch(protocol.draws(len(dataset.train), e), batch_size)
+        dataset = replace(dataset, train=dataset.train.on(where), val=dataset.val.on(where))
+    total = e.length * train.steps_per_epoch(protocol.epoch_size(len(dataset.train), e), batch_size)
     model = copy.deepcopy(prepared.model)
     state = train.create_state(model, e, total_steps=total, device=where, dtype=prepared.dtype)
     board = SummaryWriter(str(path / "tensorboard"), purge_step=checkpoint["state"]["epoch"] + 1 if checkpoint else 1)
-    walk = Walk(prepared=prepared, state=state, batch_size=batch_size, board=board, log=log)
+    walk = Walk(experiment=e, path=path, dataset=dataset, state=state, batch_size=batch_size, board=board, log=log)
     if checkpoint is None:
-        manifest = _new_manifest(walk)
+        resolved = {"precision": precision, "batch_size": batch_size}
+        manifest = _new_manifest(prepared, **resolved, images_on_device=dataset.train.resident is not None)
     else:
         state.load_state_dict(checkpoint["state"])
-        for name in IN_CHECKPOINT:
-            setattr(walk, name, checkpoint[name])
-        walk.steps = {number: walk.load_step(number) for number in checkpoint["steps"]}
+        vars(walk).update({name: checkpoint[name] for name in IN_CHECKPOINT})
         manifest["resumed"] = [*manifest.get("resumed", []), {"epoch": state.epoch, "time": runs.now()}]
         log(f"continuing {path.name} after epoch {state.epoch}")
     runs.write_metrics(path, walk.rows)
     compiled = None
     if e.compile:
-        some = walk.part.read(torch.arange(min(batch_size, len(walk.part))))
+        some = dataset.train.read(torch.arange(min(batch_size, len(dataset.train))))
         compiled = train.try_compile(state, to_pixels(data.send(some, where)), log)
     files.write_json(path / "manifest.json", {**manifest, "status": runs.RUNNING, "error": None, "compile": compiled})
     return walk
 
 
-def _batch_size(prepared: Prepared, log: Log) -> int:
-    asked, dataset = prepared.experiment.batch_size, prepared.dataset
-    if asked != "auto":
-        return int(asked)
-    sizes = {"image_size": dataset.image_size, "n": len(dataset.train)}
-    size = device.auto_batch_size(prepared.model, **sizes, device=prepared.device, dtype=prepared.dtype)
-    log(f"batch_size auto: {size}")
-    return size
-
-
-def _new_manifest(walk: Walk) -> dict[str, Any]:
-    prepared, e, dataset = walk.prepared, walk.experiment, walk.prepared.dataset
-    names = ("classes", "image_size", "split_digest", "skipped", "dropped")
+def _new_manifest(prepared: Prepared, **resolved: Any) -> dict[str, Any]:
+    e, dataset = prepared.experiment, prepared.dataset
     return {
         "schema": SCHEMA,
         "digest": prepared.digest,
@@ -187,64 +248,33 @@ def _new_manifest(walk: Walk) -> dict[str, Any]:
         "versions": runs.versions(),
         "device": str(prepared.device),
         "device_name": runs.device_name(prepared.device),
-        "images_on_device": walk.part.resident is not None,
         "threads": torch.get_num_threads(),
-        "precision": prepared.precision,
-        "batch_size": walk.batch_size,
         "data_digest": dataset.digest,
-        "weights_digest": file_digest(e.pretrained),
-        **{name: getattr(dataset, name) for name in names},
-        **{f"n_{name}": len(getattr(dataset, name)) for name in ("train", "val", "test")},
+        "weights_digest": prepared.weights_digest,
+        **{name: getattr(dataset, name) for name in ("classes", "image_size", "split_digest", "skipped", "dropped")},
+        **resolved,
         "model": prepared.model.describe(),
     }
 
 
-def _run_events(walk: Walk) -> None:
-    """Run the events that are left. The checkpoint after each names the steps in use, whose maps are files already."""
-    events = schedule.parse(walk.experiment.schedule, p_trains=walk.experiment.protocol != "clean")
-    while walk.position < len(events):
-        event = events[walk.position]
-        EVENTS[event.kind](walk, event)
-        walk.position += 1
-        kept = {name: getattr(walk, name) for name in IN_CHECKPOINT}
-        runs.save_checkpoint(walk.path, {"state": walk.state.state_dict(), "steps": list(walk.steps), **kept})
-
-
-# Events
-
-
 def epoch(walk: Walk, event: Event) -> None:
     """Train and validate once: a line of metrics.jsonl."""
-    e, dataset, stage = walk.experiment, walk.prepared.dataset, walk.stage(event.stage)
-    draws = protocol.draws(len(dataset.train), e)
-    trained = train.train_one_epoch(walk.state, stage.training, experiment=e, draws=draws, batch_size=walk.batch_size)
-    validated = _evaluate(walk, Pool.of(dataset.val))
-    if not math.isfinite(validated.loss):  # the epoch's last update shows here first
-        raise train.NonFiniteLoss(f"the validation loss is not finite after epoch {walk.state.epoch}; try a lower lr")
-    row = {"epoch": walk.state.epoch, "stage": event.stage}
-    row |= {name: trained[name] for name in ("train_loss", "train_accuracy")}
+    e, state, stage = walk.experiment, walk.state, walk.stage(event)
+    draws = protocol.epoch_size(len(walk.dataset.train), e)
+    trained = train.train_one_epoch(state, stage.training, experiment=e, draws=draws, batch_size=walk.batch_size)
+    validated = walk.evaluate(Pool.of(walk.dataset.val))
+    row = {"epoch": state.epoch, "stage": event.stage, **trained}
     row |= {"val_loss": validated.loss, "val_accuracy": validated.accuracy}
-    row |= {name: trained[name] for name in ("lr", "images_per_second", "seconds")}
     if stage.reported is not None:  # the predecessor's protocol
-        row["reported_accuracy"] = _evaluate(walk, stage.reported, proxies=True).accuracy
+        row["reported_accuracy"] = walk.evaluate(stage.reported, masked=e).accuracy
     walk.rows.append(row)
     runs.write_metrics(walk.path, walk.rows)
-    for name, value in row.items():
-        if name not in ("epoch", "stage"):
-            walk.board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+    for name in row.keys() - {"epoch", "stage"}:
+        walk.board.add_scalar(name.replace("_", "/", 1), row[name], state.epoch)
     walk.board.flush()  # before the checkpoint, or a killed run would leave a hole
-    walk.log(_line(row, e.length))
-
-
-def _evaluate(walk: Walk, pool: Pool, *, proxies: bool = False) -> train.Evaluation:
-    state, masked = walk.state, (walk.experiment if proxies else None)
-    return train.evaluate(state.model, pool, device=state.device, dtype=state.dtype, experiment=masked)
-
-
-def _line(row: dict[str, Any], epochs: int) -> str:
     reported = f"reported accuracy {row['reported_accuracy']:.3f}  " if "reported_accuracy" in row else ""
-    return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  "
+    walk.log(
+        f"epoch {state.epoch:>{len(str(e.length))}}/{e.length}  "
         f"train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.3f}  "
         f"val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.3f}  {reported}"
         f"lr {row['lr']:.1e}  {row['images_per_second']:,.0f} images/s"
@@ -253,31 +283,26 @@ def _line(row: dict[str, Any], epochs: int) -> str:
 
 def proxy(walk: Walk, event: Event) -> None:
     """The proxy step at the end of a stage: maps of the images that it selects."""
-    e, number = walk.experiment, len(walk.records) + 1
-    record = proxy_step(
-        walk.state.model,
-        walk.part,
-        e,
-        step=number,
-        directory=Run(walk.path).step(number),
-        candidates=walk.stage(event.stage).candidates,
-        device=walk.state.device,
-        dtype=walk.state.dtype,
-        show=lambda picture: walk.board.add_image("proxies/original_map_mask_proxy", picture, walk.state.epoch),
-    )
+    e, state, part, number = walk.experiment, walk.state, walk.dataset.train, len(walk.records) + 1
+    folder, candidates = Run(walk.path).step(number), walk.stage(event).candidates
+    how = {"device": state.device, "dtype": state.dtype, "candidates": candidates}
+    record = proxy_step(state.model, part, e, step=number, directory=folder, **how)
     walk.records.append(record)
-    walk.steps = {**(walk.steps if e.keeps_all_proxies else {}), number: walk.load_step(number)}
+    walk.steps = [*(walk.steps if e.keeps_all_proxies else []), number]
+    if record["images"]:
+        picture = pil_to_tensor(Image.open(folder / "proxies.png"))
+        walk.board.add_image("proxies/original_map_mask_proxy", picture, state.epoch)
     fewer = f" ({record['asked']} asked for, no more qualify)" if record["images"] < record["asked"] else ""
-    how = ", ".join([e.select] + [e.xai] * e.explains + [f"fill {e.fill}"] * e.masks)
-    done = f"{record['masked_share']:.1%} masked, {record['unchanged']} unchanged, " if e.masks else ""
+    masked = [f"fill {e.fill}", f"{record['masked_share']:.1%} masked", f"{record['unchanged']} unchanged"]
+    by = ", ".join([e.select] + [e.xai] * e.explains + masked * e.masks)
     blank = f"; {record['blank']} maps are constant" if record["blank"] else ""
-    line = f"proxy step {number}: {record['images']} of {len(walk.part)} images{fewer} by {how}, {done}"
-    walk.log(f"{line}{record['seconds']:.1f} s{blank}")
+    line = f"proxy step {number}: {record['images']} of {len(part)} images{fewer} by {by}"
+    walk.log(f"{line}, {record['seconds']:.1f} s{blank}")
 
 
 def clear(walk: Walk, event: Event) -> None:
     """Forget all maps: the epochs after it train on originals."""
-    walk.steps = {}
+    walk.steps = []
     walk.log("all maps are forgotten")
 
 
@@ -306,49 +331,38 @@ EVENTS: dict[str, Callable[[Walk, Event], None]] = {
 }
 
 
-# The end
-
-
 def _finish(walk: Walk) -> None:
     """Read the test images, once, and write the results; the weights replace the checkpoint."""
-    path, dataset = walk.path, walk.prepared.dataset
-    tested = _evaluate(walk, Pool.of(dataset.test))
-    if not math.isfinite(tested.loss):
-        raise train.NonFiniteLoss(f"the test loss is not finite after epoch {walk.state.epoch}; try a lower lr")
-    predicted = tested.logits.argmax(1).numpy()
-    runs.write_csv(path / "predictions.csv", metrics.predictions(tested.logits, dataset.test, dataset.classes))
-    runs.write_csv(path / "classes.csv", metrics.per_class(dataset.test.labels.numpy(), predicted, dataset.classes))
+    from pa_core import metrics  # loads scikit-learn, for which the first training step need not wait
+
+    path, classes, test = walk.path, walk.dataset.classes, walk.dataset.test
+    logits = walk.evaluate(Pool.of(test)).logits
+    runs.write_csv(path / "predictions.csv", metrics.predictions(logits, test, classes))
+    per_class = metrics.per_class(test.labels.numpy(), logits.argmax(1).numpy(), classes)
+    runs.write_csv(path / "classes.csv", per_class)
     runs.save_weights(path, walk.state.model.network)
-    summary = _summary(walk, metrics.summarise(tested.logits, dataset.test.labels))
-    files.write_json(path / "summary.json", summary)
-    numbers = {f"hparam/{k}": v for k, v in summary.items() if k in ("val_accuracy", "test_accuracy", "proxy_images")}
-    texts = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in walk.experiment.to_dict().items()}
-    walk.board.add_hparams(texts, numbers, run_name=".", global_step=walk.state.epoch)
-    wall_time = (pd.Timestamp(runs.now()) - pd.Timestamp(Run(path).manifest["started"])).total_seconds()
-    runs.update_manifest(path, status=runs.FINISHED, finished=runs.now(), wall_time=wall_time)
-    runs.remove_checkpoint(path)
-    result = f"test accuracy {summary['test_accuracy']:.3f} on {summary['n_test']} images"
-    walk.log(f"{result}, seed {walk.experiment.seed}; the run is in {shown(path)}")
-
-
-def _summary(walk: Walk, tested: dict[str, float]) -> dict[str, Any]:
-    rows, records, dataset = walk.rows, walk.records, walk.prepared.dataset
+    rows, records = walk.rows, walk.records
     proxies = sum(record["images"] for record in records)
-    total = {name: sum(record[name] for record in records) for name in ("unchanged", "blank", "seconds")}
-    named = {"accuracy": "test_accuracy", "loss": "test_loss"}
-    reported = {name: value for name, value in rows[-1].items() if name == "reported_accuracy"}
-    return {
+    masked = sum(record["masked_share"] * record["images"] for record in records)
+    totals = {"unchanged_proxies": "unchanged", "blank_maps": "blank", "proxy_seconds": "seconds"}
+    summary = {
         "val_accuracy": rows[-1]["val_accuracy"],
         "best_val_accuracy": max(row["val_accuracy"] for row in rows),
-        **{named.get(name, name): value for name, value in tested.items()},
-        **{f"n_{name}": len(getattr(dataset, name)) for name in ("train", "val", "test")},
+        **metrics.summarise(logits, test.labels),
+        **{f"n_{name}": len(getattr(walk.dataset, name)) for name in ("train", "val", "test")},
         "epochs": len(rows),
         "sparsity": models.sparsity(walk.state.model.network),
         "proxy_images": proxies,
-        "masked_share": sum(r["masked_share"] * r["images"] for r in records) / proxies if proxies else 0.0,
-        "unchanged_proxies": total["unchanged"],
-        "blank_maps": total["blank"],
-        "proxy_seconds": total["seconds"],
+        "masked_share": masked / max(proxies, 1),
+        **{total: sum(record[name] for record in records) for total, name in totals.items()},
         "train_seconds": sum(row["seconds"] for row in rows),
-        **reported,
+        **{name: rows[-1][name] for name in ("reported_accuracy",) if name in rows[-1]},
     }
+    files.write_json(path / "summary.json", summary)
+    numbers = {f"hparam/{name}": summary[name] for name in ("val_accuracy", "test_accuracy", "proxy_images")}
+    texts = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in walk.experiment.to_dict().items()}
+    walk.board.add_hparams(texts, numbers, run_name=".", global_step=walk.state.epoch)
+    runs.update_manifest(path, status=runs.FINISHED, finished=runs.now())
+    runs.remove_checkpoint(path)
+    where = f"seed {walk.experiment.seed}; the run is in {shown(path)}"
+    walk.log(f"test accuracy {summary['test_accuracy']:.3f} on {len(test)} images, {where}")

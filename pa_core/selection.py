@@ -28,10 +28,9 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
     logits = logits.float()
     log_p = logits.log_softmax(1)
     own = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
     return Scores(
         loss=F.nll_loss(log_p, labels, reduction="none"),
-        margin=own - others,
+        margin=own - logits.scatter(1, labels[:, None], float("-inf")).amax(1),
         entropy=-(log_p.exp() * log_p).sum(1),
         predicted=logits.argmax(1),
         labels=labels,
@@ -46,25 +45,16 @@ def count(n: int, fraction: float) -> int:
 def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor:
     """Positions of the selected images, int64 [K], the first choice first; equal scores in the order of the images.
 
-    Args:
-        by: ``misclassified`` (the wrong ones, highest loss first; fewer when fewer are wrong), ``loss`` (highest),
-            ``margin`` (lowest), ``entropy`` (highest), ``random``, ``easiest`` (lowest loss), ``all``.
-        fraction: K is at most ``max(1, round(fraction * N))``; N for ``all``.
+    ``by``: ``misclassified`` (the wrong ones, highest loss first; fewer when fewer are wrong), ``loss`` (highest),
+    ``margin`` (lowest), ``entropy`` (highest), ``random``, ``easiest`` (lowest loss), ``all``. K is at most
+    ``count(N, fraction)``; N for ``all``.
     """
     n = len(scores.loss)
     if by == "all":
         return torch.arange(n)
-    if by == "random":
-        generator = torch.Generator().manual_seed(derived_seed(seed, "select"))
-        return torch.randperm(n, generator=generator)[: count(n, fraction)]
-    keys = {
-        "loss": -scores.loss,
-        "misclassified": -scores.loss,
-        "margin": scores.margin,
-        "entropy": -scores.entropy,
-        "easiest": scores.loss,
-    }
-    order = keys[by].argsort(stable=True)
+    keys = {"loss": -scores.loss, "misclassified": -scores.loss, "easiest": scores.loss}
+    keys |= {"margin": scores.margin, "entropy": -scores.entropy}
+    order = _shuffled(n, seed) if by == "random" else keys[by].argsort(stable=True)
     if by == "misclassified":
         order = order[scores.predicted[order] != scores.labels[order]]
     return order[: count(n, fraction)]
@@ -73,5 +63,8 @@ def select(scores: Scores, *, by: str, fraction: float, seed: int = 0) -> Tensor
 def some_wrong(scores: Scores, *, among: Tensor, fraction: float, seed: int) -> Tensor:
     """The predecessor's rule: a random ``fraction``, rounded up, of the misclassified images at positions int64 [n]."""
     wrong = among[scores.predicted[among] != scores.labels[among]]
-    order = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(derived_seed(seed, "select")))
-    return wrong[order[: math.ceil(fraction * len(wrong))]]
+    return wrong[_shuffled(len(wrong), seed)[: math.ceil(fraction * len(wrong))]]
+
+
+def _shuffled(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(derived_seed(seed, "select")))

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pa_core import batch, masking, proxy, selection, train
+from pa_core import batch, masking, proxy, train
 from pa_core.attribution import upsampled
 from pa_core.augment import generators
 from pa_core.batch import Pool
 from pa_core.coerce import AUGMENTATIONS
 from pa_core.data import Part
-from pa_core.errors import ParameterError
-from pa_core.params import FILLS, Experiment, derived_seed
-from pa_core.proxy import Choice, Step
+from pa_core.params import FILLS, Experiment
+from pa_core.proxy import Step
 
 N, SIZE, CLASSES = 8, 8, 4
 
@@ -229,25 +228,19 @@ def test_evaluating_proxies_masks_each_and_nothing_else():
     assert torch.equal(out, made(pool, [0, 2, 6]).images)
 
 
-def test_permuted_maps_are_a_derangement_and_another_one_at_each_step(monkeypatch):
-    part, e = part_of(some_images()), Experiment(permute_maps=True, select="all")
-    logits, maps = torch.zeros(N, CLASSES), torch.rand(N, 4, 4, generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr(proxy, "_scored", lambda *_, **__: (logits, maps))
+def test_permuted_maps_are_a_derangement_and_another_one_for_each_seed():
+    part, e, cpu = part_of(some_images()), Experiment(permute_maps=True), torch.device("cpu")
+    raw, everything = torch.rand(N, 4, 4, generator=torch.Generator().manual_seed(3)), torch.arange(N)
     dealt = []
-    cpu = torch.device("cpu")
-    for number in (1, 2):
-        choice = proxy.choose(None, part, e, step=number, device=cpu)
-        own = proxy.explain(None, part, e.replace(permute_maps=False), choice, device=cpu)
-        given = proxy.explain(None, part, e, choice, device=cpu)
+    for seed in (1, 2):
+        how = {"positions": everything, "targets": part.labels, "seed": seed, "device": cpu, "raw": raw}
+        own = proxy.explain(None, part, e.replace(permute_maps=False), **how)
+        given = proxy.explain(None, part, e, **how)
         dealt.append([[i for i in range(N) if given[k].equal(own[i])][0] for k in range(N)])
     assert all(sorted(deal) == list(range(N)) and all(i != k for k, i in enumerate(deal)) for deal in dealt)
     assert dealt[0] != dealt[1]
-    scores = selection.score(logits, part.labels)
-    one = Choice(positions=torch.tensor([3]), targets=torch.tensor([0]), maps=None, scores=scores, seed=0)
-    assert len(proxy.explain(None, part, e.replace(fill="none"), one, device=cpu)) == 1  # and no map is made
-    monkeypatch.setattr(selection, "select", lambda *_, **__: torch.tensor([3]))
-    assert len(proxy.choose(None, part, e, step=1, device=cpu).positions) == 0  # alone, it could only get its own
-    assert choice.seed == derived_seed(e.seed, "proxy step", 2)
+    one = {"positions": everything[3:4], "targets": part.labels[3:4], "seed": 0, "device": cpu}
+    assert len(proxy.explain(None, part, e.replace(fill="none"), **one)) == 1  # and no map is made
 
 
 def test_a_step_that_selected_nothing_leaves_the_maps_of_the_others():
@@ -255,19 +248,6 @@ def test_a_step_that_selected_nothing_leaves_the_maps_of_the_others():
     pool = pooled(step(1, 4), nothing, keep_proxies="all")
     assert pool.maps.shape == (2, 4, 4) and pool.proxied.nonzero().flatten().tolist() == [1, 4]
     assert not pooled(nothing).proxied.any()
-
-
-def test_a_choice_made_for_another_method_is_refused(monkeypatch):
-    part, e = part_of(some_images()), Experiment(xai="gradcam", select="all")
-    monkeypatch.setattr(proxy, "_scored", lambda *_, **__: (torch.zeros(N, CLASSES), torch.rand(N, 4, 4)))
-    cpu = torch.device("cpu")
-    choice = proxy.choose(None, part, e, step=1, device=cpu)
-    assert len(proxy.explain(None, part, e, choice, device=cpu)) == N
-    for other in ({"xai": "layercam"}, {"smooth": "eigen"}, {"xai_target": "label"}):
-        with pytest.raises(
-            ParameterError, match="^invalid xai=.*: must be what the images were chosen with: gradcam, "
-        ):
-            proxy.explain(None, part, e.replace(**other), choice, device=cpu)
 
 
 @pytest.mark.gpu

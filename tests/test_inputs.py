@@ -105,6 +105,7 @@ BAD = [
     ({"protocol": "thesis", "train_fraction": 0.0001}, "train_fraction", ["two to halve"]),
     ({"protocol": "thesis", "schedule": "1,p,x0.5,1"}, "schedule", ["epochs and p alone"]),
     ({"batch_size": 0}, None, ["at least 1", "auto"]),
+    ({"batch_size": 1, "model": "mobilenetv4_conv_small"}, "batch_size", ["must be larger", "hold one alone"]),
     ({"seed": True}, None, ["a whole number"]),
     ({"deterministic": 2}, None, ["true or false"]),
     ({"precision": "fp16"}, None, ["auto, fp32 or bf16"]),

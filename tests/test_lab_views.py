@@ -11,10 +11,10 @@ from PIL import Image
 
 from pa_core import data, experiment, proxy
 from pa_core.errors import ParameterError, RunError
+from pa_core.experiment import prepare
 from pa_core.files import home
 from pa_core.lab import explore, figures, results, statistics
 from pa_core.params import FILLS, Experiment
-from pa_core.prepare import prepare
 
 TINY = {"train_fraction": 0.02, "folds": 50, "device": "cpu", "batch_size": 16, "fraction": 0.5}
 

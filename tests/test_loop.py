@@ -396,7 +396,7 @@ def test_a_run_on_disk(tmp_path):
     assert {f.name for f in run.path.iterdir()} - {"lock"} == set(files.split())  # the checkpoint became the weights
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["stage"]) for row in rows] == [(1, 0), (2, 1)]
-    names = "epoch stage train_loss train_accuracy val_loss val_accuracy lr images_per_second seconds"
+    names = "epoch stage train_loss train_accuracy lr images_per_second seconds val_loss val_accuracy"
     assert " ".join(rows[0]) == names
     summary, classes, predictions = run.summary, run.classes, run.predictions
     assert summary["n_test"] == classes["support"].sum() == len(predictions) == 2000 and summary["epochs"] == 2
@@ -416,7 +416,7 @@ def test_a_run_on_disk(tmp_path):
 def test_balanced_accuracy_counts_every_class_alike():
     labels, right = torch.tensor([0] * 9 + [1]), torch.tensor([[1.0, 0.0]]).repeat(10, 1)
     found, table = metrics.summarise(right, labels), metrics.per_class(labels.numpy(), right.argmax(1).numpy(), "ab")
-    assert found["accuracy"] == pytest.approx(0.9) and found["balanced_accuracy"] == table["recall"].mean() == 0.5
+    assert found["test_accuracy"] == pytest.approx(0.9) and found["balanced_accuracy"] == table["recall"].mean() == 0.5
 
 
 def test_a_non_finite_loss_ends_the_run_without_a_result(tmp_path):

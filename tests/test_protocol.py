@@ -9,7 +9,6 @@ from PIL import Image
 
 from pa_core import batch, experiment, protocol, proxy, runs, train
 from pa_core.augment import generators
-from pa_core.errors import ParameterError
 from pa_core.params import Experiment
 from pa_core.proxy import Step
 
@@ -86,7 +85,7 @@ def test_only_the_training_part_is_drawn_from(part):
         for number in range(3):
             stage = protocol.stage(part, e, number=number, steps=[some(1, 2)])
             assert stage.training.part is part and stage.reported.part is part
-            assert len(stage.training) == 800 == protocol.draws(len(part), e) and len(stage.reported) == 800
+            assert len(stage.training) == 800 == protocol.epoch_size(len(part), e) and len(stage.reported) == 800
 
 
 def test_as_coded_only_a_p_stage_reads_proxies_and_they_lie_beside_their_originals(part):
@@ -112,9 +111,6 @@ def test_the_clean_protocol_has_nothing_of_it(part):
     stage = protocol.stage(part, Experiment(), number=1, steps=[some(3)])
     assert stage.reported is None and stage.candidates is None and len(stage.training) == len(part)
     assert torch.nonzero(stage.training.proxied).flatten().tolist() == [3]
-    protocol.check(Experiment(train_fraction=1e-4), len(part))
-    with pytest.raises(ParameterError, match="train_fraction=0.0001: .*0 of 3200 images.*two to halve"):
-        protocol.check(Experiment(train_fraction=1e-4, protocol="thesis"), len(part))
 
 
 def test_batches_without_a_proxy_are_evaluated_as_they_are(part):
@@ -174,5 +170,5 @@ def test_all_data_takes_as_many_steps_as_the_halves():
     """Study C's fixed split on all data: 9 epochs of all images, where the others take 18 of half of them."""
     for n, apart in ((6583, 0), (128, 9), (129, 9)):
         arms = [Experiment(protocol=name, batch_size=32) for name in ("thesis", "clean")]
-        half, whole = (train.steps_per_epoch(protocol.draws(n, e), 32) for e in arms)
+        half, whole = (train.steps_per_epoch(protocol.epoch_size(n, e), 32) for e in arms)
         assert abs(18 * half - 9 * whole) <= apart, n

@@ -22,7 +22,7 @@ PYTHONS = ("3.11.0", "3.11.9", "3.12.0", "3.13.0")
 PLATFORMS = ("linux", "darwin", "win32")
 CHAIN = (
     "errors files schedule coerce params data models attribution masking selection augment batch device metrics runs "
-    "train proxy protocol prepare experiment lab"
+    "train proxy protocol experiment lab"
 ).split()
 PACKAGES = {
     "data": "decode cache sources splits dataset".split(),

@@ -17,10 +17,10 @@ from pa_core import attribution, data, models, proxy, schedule, selection
 from pa_core.batch import Pool, to_pixels
 from pa_core.device import resolve_device
 from pa_core.errors import ParameterError, RunError
+from pa_core.experiment import Prepared, load_data
 from pa_core.lab.results import numbers
 from pa_core.params import Experiment, derived_seed
-from pa_core.prepare import Prepared, load_data
-from pa_core.proxy import SHOWN, Choice, Proxies, Step
+from pa_core.proxy import SHOWN, Proxies, Step
 from pa_core.runs import Run
 from pa_core.train import evaluate
 
@@ -67,8 +67,7 @@ class Reopened:
             derived_seed(e.seed, "proxy step", max(steps, 1)),
         )
         targets = scores.predicted if e.explained == "predicted" else scores.labels
-        choice = Choice(positions=positions, targets=targets, maps=None, scores=scores, seed=seed)
-        maps = proxy.explain(self.model, part, e, choice, device=self.device, dtype=torch.float32)
+        maps = proxy.explain(self.model, part, e, positions, targets, seed=seed, device=self.device)
         return proxy.made(part, positions, maps.cpu(), e, seed=seed)
 
 
