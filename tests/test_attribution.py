@@ -453,7 +453,8 @@ def small(*layers):
 
         def __init__(self):
             super().__init__()
-            self.body, self.head = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *layers), nn.Linear(4, 2)
+            self.body = copy.deepcopy(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *layers))
+            self.head = nn.Linear(4, 2)
 
         def forward_features(self, x):
             return self.body(x)
@@ -471,7 +472,7 @@ def small(*layers):
 POOL = nn.MaxPool2d(3, 2, padding=1)
 FURTHER = [nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
 PIECEWISE = {
-    "side by side": [nn.ReLU(), *FURTHER, nn.MaxPool2d(2), *FURTHER],
+    "side by side": [nn.ReLU(), *FURTHER, nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU()],
     "overlapping": [nn.ReLU(), POOL, *FURTHER],
     "rounded up": [nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)],
     "dilated": [nn.ReLU(), nn.MaxPool2d(3, 2, dilation=2)],
@@ -505,11 +506,7 @@ def test_deeplift_against_captum(layers):
     """Captum follows modules alone, and overwrites where windows overlap: so activations, and a pool side by side."""
     from captum.attr import DeepLift
 
-    model, images, target = (
-        small(*(copy.deepcopy(layer) for layer in layers)),
-        torch.rand(3, 3, 8, 8),
-        torch.tensor([0, 1, 1]),
-    )
+    model, images, target = small(*layers), torch.rand(3, 3, 8, 8), torch.tensor([0, 1, 1])
     # two modules hook the tensor between them: a copy keeps them apart
     for module in (m for m in model.modules() if isinstance(m, (nn.ReLU, nn.Tanh, nn.MaxPool2d))):
         module.register_forward_pre_hook(lambda _module, inputs: (inputs[0].clone(),))

@@ -36,8 +36,8 @@ def hirescam(A: Tensor, g: Tensor) -> Tensor:
 def xgradcam(A: Tensor, g: Tensor) -> Tensor:
     """w_k A_k, with w_k = sum(g_k A_k) / sum(A_k) over the places (Fu et al. 2020, eq. 8).
 
-    Written as mean(g_k) + sum((g_k - mean) A_k) / sum(A_k), which is the same, and exact where the head averages over
-    the places (g_k is constant), however near to 0 the sum of signed activations is. At 0 the mean remains.
+    Written as mean(g_k) + sum((g_k - mean) A_k) / sum(A_k): the same, exact where g_k is constant (a head that averages
+    over the places), however near to 0 the sum of signed activations is; at 0 the mean remains.
     """
     mean, total = g.mean((2, 3), keepdim=True), A.sum((2, 3), keepdim=True)
     rest = ((g - mean) * A).sum((2, 3), keepdim=True)

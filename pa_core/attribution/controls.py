@@ -34,7 +34,7 @@ def random_blur(request: Request) -> Tensor:
 def center(request: Request) -> Tensor:
     """a Gaussian of sigma S / 4 in the middle of the image."""
     size = request.images.shape[-1]
-    at = torch.arange(size, device=request.images.device) - (size - 1) / 2
+    at = torch.arange(size) - (size - 1) / 2
     bell = torch.exp(-(at**2) / (2 * (size / 4) ** 2))
     return (bell[:, None] * bell).expand(len(request.images), -1, -1)
 

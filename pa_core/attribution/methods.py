@@ -16,9 +16,11 @@ from pa_core.attribution.controls import CONTROLS
 from pa_core.errors import ParameterError, did_you_mean
 from pa_core.models import Classifier
 
-_OTHERS = [scorecam, p.saliency, p.input_x_gradient, p.integrated_gradients, p.smoothgrad, p.guided_backprop]
-_OTHERS += [p.deconvolution, p.guided_gradcam, p.gradient_shap, p.deeplift, p.occlusion, t.attention_rollout, t.chefer]
-METHODS: dict[str, Callable[..., Tensor]] = CAMS | {method.__name__: method for method in _OTHERS} | CONTROLS
+OTHERS = (
+    *(scorecam, p.saliency, p.input_x_gradient, p.integrated_gradients, p.smoothgrad, p.guided_backprop),
+    *(p.deconvolution, p.guided_gradcam, p.gradient_shap, p.deeplift, p.occlusion, t.attention_rollout, t.chefer),
+)  # Request -> raw map [N, S, S], as the controls; CAMs are (A, g) -> evidence [N, C, h, w]
+METHODS: dict[str, Callable[..., Tensor]] = CAMS | {method.__name__: method for method in OTHERS} | CONTROLS
 ALIASES = {"gradcamplusplus": "gradcam++", "gradcampp": "gradcam++"}
 
 
@@ -50,7 +52,7 @@ def supported_methods(model: Classifier) -> list[str]:
 def check(method: str, *, smooth: str = "none", model: Classifier | None = None) -> None:
     """Refuse a method that does not exist, that cannot be smoothed in this way, or that cannot explain this model.
 
-    The model is left as found; without it only what holds for every model is checked. ParameterError names what works.
+    Without a model only what holds for every one is checked. ParameterError names what works.
     """
     method = resolve(method)
     if params.check("smooth", smooth) == "eigen" and method not in CAMS:
@@ -98,8 +100,7 @@ def heatmaps(
         def raw(images: Tensor) -> Tensor:
             if method in CAMS:
                 return resize(grids(images=images, method=method, smooth=smooth, **how)[0], size)
-            maps = METHODS[method](Request(images=images, ids=ids, seed=seed, **how))
-            return maps.detach().to(images.device, torch.float32)
+            return METHODS[method](Request(images=images, ids=ids, seed=seed, **how)).detach().to(images).float()
 
         maps = raw(images)
         if smooth == "flip":

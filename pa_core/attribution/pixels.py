@@ -104,8 +104,8 @@ def _one_by_one(request: Request, label: str) -> Iterator[Request]:
 def occlusion(request: Request) -> Tensor:
     """fall of the logit when a grey square of S / 4 covers the pixel (Zeiler & Fergus 2014, section 4.2).
 
-    A square of a quarter of the image's side moves by an eighth, 49 forward passes in all; a pixel gets the mean over
-    the squares that cover it. Where covering raises the logit the map is lowest.
+    It moves by S / 8, 49 forward passes in all; a pixel gets the mean over the squares that cover it. Where covering
+    raises the logit the map is lowest.
     """
     size = request.images.shape[-1]
     window, stride, at_once = max(size // 4, 1), max(size // 8, 1), max(AT_ONCE // len(request.images), 1)
@@ -182,8 +182,7 @@ def _skip(_function: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
 RELU = {"relu": _rescale} | dict.fromkeys(("max_pool2d", "adaptive_max_pool2d"), partial(_rescale, pool=True))
 OTHERS = "relu6 hardtanh leaky_relu elu selu gelu silu mish hardswish sigmoid tanh softplus".split()
 RESCALE = RELU | dict.fromkeys(OTHERS, _rescale)
-# guided methods pass the gradients of norms on as they are, so that norms are no obstacle
-GUIDED = RELU | dict.fromkeys(("layer_norm", "group_norm", "instance_norm"), _skip)
+GUIDED = RELU | dict.fromkeys(("layer_norm", "group_norm", "instance_norm"), _skip)  # norms are no obstacle to these
 
 
 def adds_up(model: Classifier, rules: Rules) -> bool:

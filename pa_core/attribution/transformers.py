@@ -50,20 +50,15 @@ def follows_attention(model: Classifier) -> bool:
 
 def _forward(model: Classifier, images: Tensor) -> tuple[list[Tensor], Tensor]:
     """Attention of every block in order, [N, heads, T, T] each, and the logits."""
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     module: Any
-
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        seen.append(output)
-
     with ExitStack() as stack:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 stack.callback(setattr, module, "fused_attn", module.fused_attn)
                 module.fused_attn = False
-            drop = getattr(module, "attn_drop", None)
-            if isinstance(drop, nn.Dropout):
-                stack.enter_context(drop.register_forward_hook(keep))
+            if isinstance(drop := getattr(module, "attn_drop", None), nn.Dropout):
+                stack.enter_context(drop.register_forward_hook(lambda _module, _inputs, output: seen.append(output)))
         return seen, model(images)
 
 
