@@ -82,8 +82,7 @@ def grids(
 def _first_component(evidence: Tensor, toward: Tensor) -> Tensor:
     """First principal component over the places, up to a positive factor: [N, C, h, w] -> [N, h, w].
 
-    A component has no sign of its own: it is turned such that it correlates with ``toward`` [N, h, w], what each place
-    adds to the logit to first order.
+    It has no sign of its own, and is turned towards what each place adds to the logit to first order [N, h, w].
     """
     x = evidence.flatten(2).mT  # [N, h*w, C]
     x = x - x.mean(1, keepdim=True)

@@ -42,8 +42,7 @@ def center(request: Request) -> Tensor:
 def rectangle(request: Request) -> Tensor:
     """rectangles one inside the other, so that every quantile masks one (as in random erasing, Zhong et al. 2020).
 
-    Each lies within the image, at every place with the same probability, and its aspect ratio (height : width) is drawn
-    from 0.3 to 1 / 0.3, here on a log scale; both are seeded per image id.
+    Seeded per image id: every place within the image is as likely, and log(height / width) between 0.3 and 1 / 0.3.
     """
     y, x, ratio = _draw(request, "rectangle", 3).T[..., None]  # [N, 1] each
     stretch, size = 0.3 ** (0.5 - ratio), request.images.shape[-1]  # square root of the aspect ratio

@@ -113,8 +113,7 @@ def explain(
 ) -> Tensor:
     """Heatmaps as a proxy step stores them: [N, h, w] float16 in [0, 1]. Arguments as for ``heatmaps``.
 
-    A CAM comes on its own grid, unless it is smoothed by ``gaussian`` or ``flip``; anything else is computed at S x S
-    and resized to at most 56 x 56. ``check`` is for once per run, this for every batch.
+    A CAM comes on its own grid, unless smoothed by ``gaussian`` or ``flip``, anything else at S x S, at most 56 x 56.
     """
     if fused(method, smooth) and smooth != "gaussian":
         with as_found(model):

@@ -1,7 +1,4 @@
-"""Explanations by the pixels: Request -> raw map [N, S, S]. Memory grows with the batch alone.
-
-Captum is imported by the first method that needs it: class activation maps and controls start without it.
-"""
+"""Explanations by the pixels: Request -> raw map [N, S, S]. Memory grows with the batch alone."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -58,7 +55,7 @@ def input_x_gradient(request: Request) -> Tensor:
 
 
 def _captum(name: str, request: Request, **keywords: Any) -> Tensor:
-    import captum.attr
+    import captum.attr  # by the first method that needs it: class activation maps and controls start without it
 
     images = request.images.clone().requires_grad_()
     return getattr(captum.attr, name)(request.model).attribute(images, target=request.target, **keywords).detach()
