@@ -26,7 +26,7 @@ CHAIN = (
 ).split()
 PACKAGES = {
     "data": "decode cache sources splits dataset".split(),
-    "attribution": "base cams captum_methods transformers controls table maps".split(),
+    "attribution": "base cams pixels transformers controls methods".split(),
     "lab": "statistics results figures explore notebooks workers sweep study".split(),
 }
 """Links of the chain that are packages, and the chains inside."""

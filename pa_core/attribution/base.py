@@ -1,7 +1,5 @@
 """What every explanation method shares: the question it is asked, the scaling, and a model left as it was found."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from pa_core.models import Classifier
-from pa_core.params import derived_seed
 
 AT_ONCE = 64  # variants of the images that a method holds in memory at once, unless the batch itself is larger
 
@@ -25,8 +22,8 @@ class Request:
     model: Classifier  # in eval mode
     images: Tensor  # [N, 3, S, S] in [0, 1]
     target: Tensor  # [N] int64, the class to explain
-    ids: Sequence[str]  # one text per image; seeds whatever is drawn for it
-    seed: int  # seeds it too
+    ids: Sequence[str] = ()  # one text per image; seeds whatever is drawn for it
+    seed: int = 0  # seeds it too
 
 
 def score(logits: Tensor, target: Tensor) -> Tensor:
@@ -36,29 +33,39 @@ def score(logits: Tensor, target: Tensor) -> Tensor:
 
 def scale(maps: Tensor) -> Tensor:
     """Per image to [0, 1]: minimum to 0, maximum to 1; a constant map to 0. [N, H, W]."""
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    span = high - low
-    return torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1), 0)
+    low = maps.amin((1, 2), keepdim=True)
+    span = maps.amax((1, 2), keepdim=True) - low
+    return torch.where(span > 0, (maps - low) / span, 0)
+
+
+def stored(maps: Tensor) -> Tensor:
+    """Raw maps [N, h, w] as a proxy step stores them: float16, scaled per image."""
+    return scale(maps.float()).half()
+
+
+def upsampled(maps: Tensor, size: int, *, smooth: str = "none") -> Tensor:
+    """Raw or stored maps [N, h, w] -> [N, size, size] float32 in [0, 1]: resized, blurred for ``gaussian``, scaled."""
+    maps = resize(maps.float(), size)
+    return scale(blur(maps, sigma=size / 32) if smooth == "gaussian" else maps)
 
 
 def resize(maps: Tensor, size: int) -> Tensor:
     """[N, h, w] -> [N, size, size], bilinear."""
-    return F.interpolate(maps.unsqueeze(1), size=(size, size), mode="bilinear").squeeze(1)
+    return F.interpolate(maps[:, None], size=(size, size), mode="bilinear")[:, 0]
 
 
 def blur(maps: Tensor, *, sigma: float) -> Tensor:
     """Gaussian blur, cut at three sigma, of [N, S, S]."""
     kernel = 2 * round(3 * sigma) + 1
     # one axis after the other: torchvision convolves with the whole square otherwise
-    across = gaussian_blur(maps.unsqueeze(1), kernel_size=[kernel, 1], sigma=[sigma] * 2)
-    return gaussian_blur(across, kernel_size=[1, kernel], sigma=[sigma] * 2).squeeze(1)
+    across = gaussian_blur(maps[:, None], kernel_size=[kernel, 1], sigma=[sigma] * 2)
+    return gaussian_blur(across, kernel_size=[1, kernel], sigma=[sigma] * 2)[:, 0]
 
 
 @contextmanager
 def as_found(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode within; every module's own mode, the parameters' ``.grad`` and the RNG states as found afterwards."""
+    """Eval mode within; every module's own mode and the states of torch's and NumPy's generators put back."""
     modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     device, state = next(model.parameters()).device, np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model.eval()
@@ -68,10 +75,3 @@ def as_found(model: torch.nn.Module) -> Iterator[None]:
             np.random.set_state(state)
             for module, training in modes:
                 module.training = training
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-
-
-def generator(seed: int, *labels: object) -> torch.Generator:
-    """A CPU generator of its own, so that the same numbers are drawn for every device."""
-    return torch.Generator().manual_seed(derived_seed(seed, *labels))

@@ -2,12 +2,10 @@
 
 They need softmax attention of all tokens over all tokens in every block. It is read where timm's attention modules
 hand it to their dropout (nothing in eval mode). A fused kernel never forms it, so fusing is switched off for the pass.
-A row vector is carried through the blocks from the last to the first: the same product, without a matrix per image.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,84 +17,63 @@ from pa_core.models import Classifier
 
 
 def attention_rollout(request: Request) -> Tensor:
-    """attention, averaged over heads and with the residual as (attention + I) / 2, multiplied through the blocks,
-    the row of the token that is read for the logits (Abnar & Zuidema 2020, section 3 and appendix A.1); vision
-    transformers.
+    """(attention, averaged over heads, + I) / 2 through the blocks (Abnar & Zuidema 2020, section 3 and appendix A.1).
 
-    It is the same whatever class is explained.
+    It is the same whatever class is explained. The halves are left to the scaling.
     """
     with torch.no_grad():
         attentions, _ = _forward(request.model, request.images)
-        row = _readers(request.model, attentions[0])
-        for attention in reversed(attentions):
-            row = (row @ attention.float().mean(1) + row) / 2
-        return _on_the_image(request, row)
+        return _multiplied(request, [attention.float().mean(1) for attention in attentions])
 
 
 def chefer(request: Request) -> Tensor:
-    """R <- R + mean over heads of relu(attention * its gradient) R through the blocks, R = I at first, the row of the
-    token that is read for the logits (Chefer, Gur & Wolf 2021, ICCV, eq. 5 and 6); vision transformers.
-    """
+    """I + mean over heads of relu(attention * its gradient) through the blocks (Chefer et al. 2021, ICCV, eq. 5, 6)."""
     with torch.enable_grad():
         attentions, logits = _forward(request.model, request.images.clone().requires_grad_())
         gradients = torch.autograd.grad(score(logits, request.target), attentions)
-    row = _readers(request.model, attentions[0])
-    for attention, gradient in zip(reversed(attentions), reversed(gradients), strict=True):
-        row = row + row @ (attention.detach().float() * gradient.float()).relu().mean(1)
-    return _on_the_image(request, row)
+    pairs = zip(attentions, gradients, strict=True)
+    return _multiplied(request, [(a.detach().float() * gradient.float()).relu().mean(1) for a, gradient in pairs])
 
 
-def refuse_attention(model: Classifier) -> str | None:
-    """Why a model's attention cannot be followed from block to block."""
+def follows_attention(model: Classifier) -> bool:
+    """Whether a model's attention can be followed from block to block."""
     device = next(model.parameters()).device
     # without autocast: rows that sum to 1 may not in half precision
     with as_found(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
         attentions, _ = _forward(model, torch.zeros(2, 3, model.image_size, model.image_size, device=device))
-    shapes = {a.shape[-2:] if a.ndim == 4 and len(a) == 2 else (0, 1) for a in attentions}
-    if len(shapes) != 1 or any(rows != columns or not _side(model, rows) for rows, columns in shapes):
-        return f"it needs attention of all tokens over all tokens in every block, and {model.name} has none to be read"
-    if any(bool((a < 0).any()) or not torch.allclose(a.sum(-1), a.new_ones(()), atol=1e-3) for a in attentions):
-        return f"it needs softmax attention, which {model.name} has not"
-    return None
+    tokens = attentions[0].shape[-1] if attentions else 0
+    patches = max(tokens - getattr(model.network, "num_prefix_tokens", 0), 0)
+    whole = [a.ndim == 4 and len(a) == 2 and a.shape[2:] == (tokens, tokens) for a in attentions]  # no windows
+    softmax = [bool((a >= 0).all()) and torch.allclose(a.sum(-1), a.new_ones(()), atol=1e-3) for a in attentions]
+    return patches > 0 and math.isqrt(patches) ** 2 == patches and all(whole) and all(softmax)
 
 
 def _forward(model: Classifier, images: Tensor) -> tuple[list[Tensor], Tensor]:
     """Attention of every block in order, [N, heads, T, T] each, and the logits."""
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     module: Any
-
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        seen.append(output)
-
     with ExitStack() as stack:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 stack.callback(setattr, module, "fused_attn", module.fused_attn)
                 module.fused_attn = False
-            drop = getattr(module, "attn_drop", None)
-            if isinstance(drop, nn.Dropout):
-                stack.enter_context(drop.register_forward_hook(keep))
+            if isinstance(drop := getattr(module, "attn_drop", None), nn.Dropout):
+                stack.enter_context(drop.register_forward_hook(lambda _module, _inputs, output: seen.append(output)))
         return seen, model(images)
 
 
-def _readers(model: Classifier, attention: Tensor) -> Tensor:
-    """[N, 1, T]: the tokens that the head reads, equally weighted: class tokens (two if distilled), or all patches."""
-    network, prefix = model.network, getattr(model.network, "num_prefix_tokens", 0)
-    row = torch.zeros(len(attention), 1, attention.shape[-1], device=attention.device)
+def _multiplied(request: Request, weights: Sequence[Tensor]) -> Tensor:
+    """Product of I + weight, [N, T, T] each, over the blocks: what the tokens that the head reads get from each patch.
+
+    Only a row vector is carried, from the last block to the first: the same product, without a matrix per image.
+    """
+    network, prefix = request.model.network, getattr(request.model.network, "num_prefix_tokens", 0)
+    row = torch.zeros_like(weights[0][:, :1])
     if str(getattr(network, "global_pool", "avg")).startswith("token"):
-        row[:, :, : prefix - getattr(network, "num_reg_tokens", 0)] = 1
+        row[:, :, : prefix - getattr(network, "num_reg_tokens", 0)] = 1  # class tokens, two if distilled
     else:
         row[:, :, prefix:] = 1
-    return row / row.sum(-1, keepdim=True)
-
-
-def _on_the_image(request: Request, row: Tensor) -> Tensor:
-    """What falls on the patches, [N, 1, T] -> [N, S, S]."""
-    side = _side(request.model, row.shape[-1])
-    return resize(row[:, 0, -side * side :].unflatten(1, (side, side)), request.images.shape[-1])
-
-
-def _side(model: Classifier, tokens: int) -> int:
-    """Side of the square of patches, 0 where they make none."""
-    patches = max(tokens - getattr(model.network, "num_prefix_tokens", 0), 0)
-    return math.isqrt(patches) if math.isqrt(patches) ** 2 == patches else 0
+    for weight in reversed(weights):
+        row = row + row @ weight
+    side = math.isqrt(row.shape[-1] - prefix)
+    return resize(row[:, 0, prefix:].unflatten(1, (side, side)), request.images.shape[-1])
