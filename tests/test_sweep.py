@@ -241,15 +241,15 @@ def test_cores_and_gpus_are_divided(monkeypatch):
     monkeypatch.setattr(dask.system, "CPU_COUNT", 16)
     monkeypatch.setattr(distributed.system, "MEMORY_LIMIT", 2**40)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert workers.machine() == (16, 1, ())
-    assert workers.machine(threads=4) == (4, 4, ())
-    assert workers.machine(workers=3) == (3, 5, ())
-    assert workers.machine(workers=3, threads=2) == (3, 2, ())
+    assert workers.machine() == (16, 1, [])
+    assert workers.machine(threads=4) == (4, 4, [])
+    assert workers.machine(workers=3) == (3, 5, [])
+    assert workers.machine(workers=3, threads=2) == (3, 2, [])
     monkeypatch.setattr(distributed.system, "MEMORY_LIMIT", 8 * 2**30)
-    assert workers.machine() == (4, 4, ())
+    assert workers.machine() == (4, 4, [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-ab")
-    assert workers.machine() == (2, 8, ("2", "GPU-ab"))
-    assert workers.machine(cpu=True)[2] == ()
+    assert workers.machine() == (2, 8, ["2", "GPU-ab"])
+    assert workers.machine(cpu=True)[2] == []
     with pytest.raises(ParameterError, match="workers=0: must be at least 1"):
         workers.machine(workers=0)
 
@@ -303,7 +303,7 @@ class Lab:
     def prepare(self) -> None:
         """Tell the stub where runs lie and what a manifest holds."""
         one = Experiment.from_mapping({"schedule": "1", "device": "cpu"})
-        locate = sweep.Sweep.of("seeds", [("", one)]).locate
+        locate = sweep.Sweep("seeds", [("", one)]).locate
         places = {seed: str(locate(one.replace(seed=seed))) for seed in range(self.SEEDS)}
         (self.stub / "places.json").write_text(json.dumps(places))
         keys = ["split_digest", "data_digest", "weights_digest", "device_name", "precision"]
@@ -382,8 +382,8 @@ def test_what_fails_is_reported_and_the_others_go_on(lab):
     lab.behave(_1="error", _2="die once", _3="die", _4="nothing")
     frame = lab.sweep(6).set_index("seed")
     assert list(frame["status"]) == ["finished", "failed", "finished", "failed", "failed", "finished"]
-    assert frame["error"][1] == "NonFiniteLoss: the loss is not finite in step 7"
-    assert frame["cell"][1] == "In [4]: run = pa.run(experiment)"
+    error = "NonFiniteLoss: the loss is not finite in step 7 (In [4]: run = pa.run(experiment))"
+    assert frame["error"][1] == error
     assert Path(frame["kept"][1]).is_file() and "sweeps/seeds/" in frame["kept"][1]
     assert frame["error"][3] == "its process ended with status -9; its last output: about to die"
     assert frame["error"][4].startswith("it ended without its run")
@@ -475,7 +475,7 @@ def test_two_sweeps_that_share_runs_make_each_once_and_report_what_fails(lab):
     both = [lab.start(5), lab.start(5)]
     lab.wait_for(4)  # two of each; each run has two processes, of which one waits for the other
     lab.go()
-    error = "failed: NonFiniteLoss: the loss is not finite in step 7\n    In [4]: run = pa.run(experiment)\n"
+    error = "failed: NonFiniteLoss: the loss is not finite in step 7 (In [4]: run = pa.run(experiment))\n"
     for process in both:
         printed, _ = process.communicate(timeout=300)
         assert process.returncode == 1 and "4 of 5 finished, 1 failed" in printed and error in printed, printed
@@ -627,7 +627,9 @@ def test_without_a_notebook_the_worker_makes_the_same_run(tmp_path):
     frame = frames[0].set_index("arm")
     assert dict(frame["status"]) == {"fine": "finished", "not finite": "failed"}
     failed = frame.loc["not finite"]
-    assert failed["error"].startswith("NonFiniteLoss: the loss is not finite in epoch 1") and failed["cell"] == ""
+    assert (
+        failed["error"].startswith("NonFiniteLoss: the loss is not finite in epoch 1") and "In [" not in failed["error"]
+    )
     assert "Traceback" in Path(failed["kept"]).read_text()
     made = Run(tmp_path / "direct" / frame["run"]["fine"])
     assert len(made.manifest["resumed"]) == 1 and not (made.path / "notebook.ipynb").exists()

@@ -85,10 +85,17 @@ def read(name: str) -> Study:
     named, arms = [], _arms(path, file)
     for label, e in arms.items():
         dataset, arm = split(label)
-        _check_equal(file, f"{path.stem}: {label}", arm, e, arms[f"{dataset}: {file.reference}"])
+        reference = arms[f"{dataset}: {file.reference}"]
+        for parameter, wanted in reference.to_dict().items():  # equal terms
+            if parameter not in FREE | set(file.may_differ) and (value := getattr(e, parameter)) != wanted:
+                allowed = f"must be {wanted!r} as in the reference, or the study must say may_differ: [{parameter}]"
+                raise ParameterError(f"{path.stem}: {label}.{parameter}", value, allowed)
+        if e.length != reference.length and arm not in file.other_length:
+            allowed = f"must have the reference's {reference.length} epochs, or the study say other_length: [{arm}]"
+            raise ParameterError(f"{path.stem}: {label}.schedule", e.schedule, allowed)
         count = most if arm in chain(*file.contrasts) else file.seeds
         named += [(label, e.replace(seed=seed)) for seed in range(count)]
-    return Study(name=path.stem, file=file, sweep=sweep.Sweep.of(f"study_{path.stem}", named))
+    return Study(name=path.stem, file=file, sweep=sweep.Sweep(f"study_{path.stem}", named))
 
 
 def _arms(path: Path, file: StudyFile) -> dict[str, Experiment]:
@@ -111,17 +118,6 @@ def split(label: str) -> tuple[str, str]:
     """``"DATASET: ARM"`` -> (dataset, arm)."""
     dataset, _, arm = label.partition(": ")
     return dataset, arm
-
-
-def _check_equal(file: StudyFile, place: str, arm: str, e: Experiment, reference: Experiment) -> None:
-    """Equal terms: within a dataset, arms differ only in what they may."""
-    for name, wanted in reference.to_dict().items():
-        if name not in FREE | set(file.may_differ) and (value := getattr(e, name)) != wanted:
-            allowed = f"must be {wanted!r} as in the reference, or the study must say may_differ: [{name}]"
-            raise ParameterError(f"{place}.{name}", value, allowed)
-    if e.length != reference.length and arm not in file.other_length:
-        allowed = f"must have {reference.length} epochs as the reference, or the study must say other_length: [{arm}]"
-        raise ParameterError(f"{place}.schedule", e.schedule, allowed)
 
 
 def collect(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
@@ -216,7 +212,7 @@ def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple
 def so_far(study: Study, *, runs_dir: str = "runs") -> pd.DataFrame:
     """What :func:`collect` gives, of the runs that this code has finished until now; none is made."""
     named = [(arm, job.experiment.replace(runs_dir=runs_dir)) for job in study.sweep.jobs for arm in job.arms]
-    here = sweep.Sweep.of(study.sweep.name, named)
+    here = sweep.Sweep(study.sweep.name, named)
     sweep.look_up(here)
     frame = sweep.table(here)
     return collect(study, frame[frame["status"] == sweep.FINISHED])

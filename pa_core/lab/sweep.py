@@ -69,37 +69,26 @@ class Job:
     experiment: Experiment
     arms: list[str]  # several where they differ only in what has no effect
     status: str = TO_DO  # stale: to do, and finished by other code
-    run: Path | None = None  # the directory of a finished one
-    error: str = ""  # of a failed one
-    cell: str = ""  # that raised it
+    run: str | None = None  # the name of its directory, when it is finished
+    error: str = ""  # of a failed one, with the notebook's cell
     kept: str = ""  # what is left of it
 
 
-@dataclass(kw_only=True, eq=False)
 class Sweep:
-    """What a file asks for: of the ``combinations`` of grid, arms and seeds each is one of the jobs, or the same."""
+    """What a file asks for, from (arm, experiment); what makes the same run is one job, which belongs to all its arms.
 
-    name: str  # of the file; reports lie under sweeps/NAME in the runs folder
-    notebook: Path | None  # None where the worker itself makes the runs
-    runs_dir: str
-    jobs: list[Job]
-    combinations: int
+    ``name`` is the file's; reports lie under sweeps/NAME in the runs folder. Without a notebook workers make the runs.
+    """
 
-    @classmethod
-    def of(cls, name: str, named: Sequence[tuple[str, Experiment]], notebook: Path | None = None) -> Sweep:
-        """A sweep of (arm, experiment): what makes the same run is one job, which belongs to all their arms."""
+    def __init__(self, name: str, named: Sequence[tuple[str, Experiment]], notebook: Path | None = None):
+        self.name, self.notebook, self.runs_dir, self.combinations = name, notebook, named[0][1].runs_dir, len(named)
         jobs: dict[str, Job] = {}
         for arm, e in named:
             places = [e.dataset, e.data_dir, e.image_size, e.bad_images, e.pretrained, e.runs_dir]
             job = jobs.setdefault(str([e.effective(), places]), Job(experiment=e, arms=[]))
             job.arms += [arm] if arm not in job.arms else []
-        runs_dir, count = named[0][1].runs_dir, len(named)
-        return cls(name=name, notebook=notebook, runs_dir=runs_dir, jobs=list(jobs.values()), combinations=count)
-
-    @cached_property
-    def varied(self) -> list[str]:
-        """The parameters that differ between jobs."""
-        return [name for name in PARAMETERS if len({str(getattr(job.experiment, name)) for job in self.jobs}) > 1]
+        self.jobs = list(jobs.values())
+        self.varied = [p for p in PARAMETERS if len({str(getattr(job.experiment, p)) for job in self.jobs}) > 1]
 
     def title(self, job: Job) -> str:
         """What tells a job from the others: ``mean  threshold=0.4 seed=1``."""
@@ -121,17 +110,15 @@ def read(source: str | os.PathLike | Mapping[str, Any]) -> Sweep:
     Relative paths of ``notebook`` and ``base`` begin in the file's folder, or in the working directory. ParameterError
     where a key or a value is not allowed; the message names both.
     """
-    if isinstance(source, Mapping):
-        name, folder, content = "sweep", Path.cwd(), source
-    else:
-        name, folder, content = Path(source).stem, Path(source).absolute().parent, read_yaml(source)
+    path = Path("sweep" if isinstance(source, Mapping) else source).absolute()
+    name, folder, content = path.stem, path.parent, source if isinstance(source, Mapping) else read_yaml(source)
     file = checked(SweepFile, content, name=name)
     axes = file.grid | ({"seed": file.seeds} if file.seeds else {})
     of = {parameter: f"grid.{parameter}" for parameter in file.grid} | ({"seed": "seeds"} if file.seeds else {})
     if not (axes or file.arms):
         raise ParameterError(f"{name}: keys", sorted(map(str, content)), "must include one of grid, arms and seeds")
     arms = {arm: own or {} for arm, own in (file.arms or {"": {}}).items()}
-    twice = [("grid.seed", file.grid["seed"], "seed")] if of.get("seed") == "seeds" and "seed" in file.grid else []
+    twice = [("grid.seed", file.grid["seed"], "seed")] if file.seeds and "seed" in file.grid else []
     twice += [(f"arms.{arm}.{p}", own[p], p) for arm, own in arms.items() for p in own if p in axes]
     for place, value, parameter in twice[:1]:
         raise ParameterError(f"{name}: {place}", value, f"must not be set here: {of[parameter]} sets it")
@@ -143,7 +130,7 @@ def read(source: str | os.PathLike | Mapping[str, Any]) -> Sweep:
             named.append((arm, experiment(parameters, f"{name}: ", places)))
     if len(folders := {e.runs_dir for _, e in named}) > 1:
         raise ParameterError(f"{name}: runs_dir", sorted(folders), "must be one folder for all runs, set in base")
-    return Sweep.of(name, named, _notebook(f"{name}: notebook", file.notebook, folder))
+    return Sweep(name, named, _notebook(f"{name}: notebook", file.notebook, folder))
 
 
 def experiment(parameters: Mapping[str, Any], prefix: str, places: Mapping[str, str] = {}) -> Experiment:
@@ -197,7 +184,7 @@ def look_up(sweep: Sweep) -> list[Job]:
             with suppress(ParameterError):  # the run itself will say what is wrong, and where
                 path = sweep.locate(job.experiment)
                 if path.name in runs:
-                    job.status, job.run = FINISHED, path
+                    job.status, job.run = FINISHED, path.name
                 elif path.name.rpartition("-")[0] in others:
                     job.status = STALE
     return [job for job in sweep.jobs if job.status != FINISHED]
@@ -205,10 +192,10 @@ def look_up(sweep: Sweep) -> list[Job]:
 
 def table(sweep: Sweep) -> pd.DataFrame:
     """A row per arm and run: ``arm``, what varies, how far it is, parameters, and what `results.load` knows."""
-    rows = []
+    rows, noted = [], ("run", "status", "error", "kept")
     for job in sweep.jobs:
-        known = {name: getattr(job, name) for name in ("status", "error", "cell", "kept")} | job.experiment.to_dict()
-        rows += [{"arm": arm, "run": job.run and job.run.name} | known for arm in job.arms]
+        known = {name: getattr(job, name) for name in noted} | job.experiment.to_dict()
+        rows += [{"arm": arm} | known for arm in job.arms]
     frame = pd.DataFrame(rows)
     if frame["run"].notna().any():
         known = _known(sweep.runs_dir)
@@ -233,10 +220,9 @@ def run(
 ) -> pd.DataFrame:
     """Make the runs of a sweep that are not finished yet.
 
-    ``source`` is a sweep file, or what it would hold; a dry run only lists the runs; ``where`` are ``workers``,
-    ``threads``, ``scheduler`` and ``cluster``, see `workers.pool`, by default this machine. Returns :func:`table`.
-    ParameterError before the first run, where something asked for does not exist; KeyboardInterrupt after the runs
-    under way were stopped.
+    ``source`` is a sweep file, or what it would hold; a dry run only lists the runs; ``where`` are the ``workers``,
+    ``threads``, ``scheduler`` and ``cluster`` of `workers.pool`. Returns :func:`table`. ParameterError before the first
+    run, where something asked for does not exist; KeyboardInterrupt after the runs under way were stopped.
     """
     sweep = source if isinstance(source, Sweep) else read(source)
     todo, count = look_up(sweep), len(sweep.jobs)
@@ -248,9 +234,8 @@ def run(
         for job in sweep.jobs:
             log(f"  {job.status:8}  {sweep.title(job)}")
     elif todo:
-        folder = (
-            runs_home(sweep.runs_dir) / "sweeps" / sweep.name / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:8]}"
-        )
+        own = time.strftime(f"%Y%m%d-%H%M%S-{uuid4().hex[:8]}")
+        folder = runs_home(sweep.runs_dir) / "sweeps" / sweep.name / own
         folder.mkdir(parents=True)
         try:
             _make(sweep, todo, folder, log, **where)
@@ -259,7 +244,11 @@ def run(
             raise ParameterError("dask", error.name, must) from error
         finally:
             table(sweep).to_csv(folder / "report.csv", index=False)
-            log(f"the report is {shown(folder / 'report.csv')}")
+            failed = [job for job in sweep.jobs if job.status == FAILED]
+            for job in failed:
+                log(f"failed: {job.error}\n    {shown(Path(job.kept))}")
+            done = sum(job.status == FINISHED for job in sweep.jobs)
+            log(f"{done} of {count} finished, {len(failed)} failed; the report is {shown(folder / 'report.csv')}")
     return table(sweep)
 
 
@@ -281,8 +270,8 @@ def _make(sweep: Sweep, todo: list[Job], folder: Path, log: Log, **where: Any) -
                 job, place = futures[future]
                 _note(job, future, place, sweep.locate)
                 left = timedelta(seconds=round((time.perf_counter() - started) / count * (len(todo) - count)))
-                what = ", ".join(filter(None, [job.error, job.cell])) or (job.run.name if job.run else "")
-                log(f"[{count}/{len(todo)}] {job.status}: {sweep.title(job)}: {what}; about {left} left")
+                what = f"{job.status}: {sweep.title(job)}: {job.error or job.run}"
+                log(f"[{count}/{len(todo)}] {what}; about {left} left")
         except KeyboardInterrupt:  # leaving the block gives the runs up, which stops them
             log("interrupted: stopping the runs under way; the same command goes on from their checkpoints")
             raise
@@ -291,12 +280,12 @@ def _make(sweep: Sweep, todo: list[Job], folder: Path, log: Log, **where: Any) -
 def _note(job: Job, future: Any, place: Path, locate: Callable[[Experiment], Path]) -> None:
     """Note how a job ended. It is finished only if the run with its identity is."""
     try:
-        job.error, job.cell = future.result()
+        job.error = future.result()
     except Exception as error:  # what Dask says of a worker or process that died
         job.error = " ".join(str(error).split())
     path = None if job.error else locate(job.experiment)
     if path and read_json(path / "manifest.json").get("status") == FINISHED:
-        job.status, job.run = FINISHED, path
+        job.status, job.run = FINISHED, path.name
         for name in ("notebook.ipynb", "figures"):  # what another sweep put there first, stays
             if (place / name).exists() and not (path / name).exists():
                 os.replace(place / name, path / name)
@@ -316,17 +305,11 @@ def main(words: Sequence[str] | None = None) -> int:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--scheduler", metavar="ADDRESS", help="use a running Dask cluster, such as tcp://node:8786")
     where.add_argument("--cluster", metavar="FILE", help="start one through dask-jobqueue, from a YAML file")
-    return command(parser, _report, words)
+    return command(parser, _status, words)
 
 
-def _report(*, file: str, dry_run: bool, **where: Any) -> int:
-    frame = run(file, dry_run=dry_run, **where)
-    failed = frame.loc[frame["status"] == FAILED].drop_duplicates(["error", "cell", "kept"])
-    for row in failed.itertuples():
-        print(f"failed: {row.error}\n    {row.cell or 'no cell'}\n    {row.kept}", file=sys.stderr)
-    if not dry_run:
-        print(f"{sum(frame['status'] == FINISHED)} of {len(frame)} finished, {sum(frame['status'] == FAILED)} failed")
-    return min(1, len(failed))
+def _status(*, file: str, **options: Any) -> int:
+    return int((run(file, **options)["status"] == FAILED).any())
 
 
 def command(parser: argparse.ArgumentParser, work: Callable[..., int], words: Sequence[str] | None) -> int:
@@ -340,7 +323,7 @@ def command(parser: argparse.ArgumentParser, work: Callable[..., int], words: Se
         return work(**options)
     except (ParameterError, RunError, OSError) as error:  # the last one is a folder that cannot be written, say
         print(error, file=sys.stderr)
-        return 2 if isinstance(error, ParameterError) else 1
+        return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -29,6 +29,7 @@ from pa_core.errors import ParameterError, did_you_mean
 from pa_core.files import data_home, read_json, read_yaml, runs_home
 from pa_core.params import Experiment
 
+Log = Callable[[str], None]
 RETRIES = 2  # of a run whose process or worker died without an error: killed, out of memory
 TRIM = "MALLOC_TRIM_THRESHOLD_"  # Dask has its workers return memory at once, which slows training by a third
 SETTINGS = {f"distributed.nanny.pre-spawn-environ.{TRIM}": None, "distributed.scheduler.allowed-failures": RETRIES}
@@ -49,9 +50,7 @@ runpy.run_module("papermill", run_name="__main__", alter_sys=True)
 _OPTIONS = "--no-progress-bar --log-level WARNING --stdout-file - --stderr-file -".split()
 
 
-def machine(
-    *, workers: int | None = None, threads: int | None = None, cpu: bool = False
-) -> tuple[int, int, tuple[str, ...]]:
+def machine(*, workers: int | None = None, threads: int | None = None, cpu: bool = False) -> tuple[int, int, list[str]]:
     """This machine, divided: (runs at a time, threads of each, GPUs as CUDA_VISIBLE_DEVICES takes them).
 
     A run per GPU; without GPUs, or with ``cpu``, a run per core, or fewer where memory is short (2 GB each). What is
@@ -64,7 +63,7 @@ def machine(
     visible = "" if cpu else os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         visible = ",".join(map(str, range(importlib.import_module("torch").cuda.device_count())))
-    gpus = tuple(name.strip() for name in visible.split(",") if name.strip() not in ("", "-1"))
+    gpus = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
     most = len(gpus) or max(1, min(cores, memory // 2**31))
     workers = workers or (max(1, min(most, cores // threads)) if threads else most)
     return workers, threads or max(1, cores // workers), gpus
@@ -72,13 +71,7 @@ def machine(
 
 @contextmanager
 def pool(
-    jobs: int,
-    cpu: bool,
-    log: Callable[[str], None],
-    *,
-    scheduler: str | None = None,
-    cluster: str | None = None,
-    **shares: int | None,
+    jobs: int, cpu: bool, log: Log, *, scheduler: str | None = None, cluster: str | None = None, **shares: int | None
 ) -> Iterator[Callable[..., Future]]:
     """Workers for so many jobs: those of a ``scheduler``, of a ``cluster``'s file, or of this :func:`machine`.
 
@@ -86,7 +79,7 @@ def pool(
     many runs at a time as its workers have threads. ``shares`` are ``threads`` and, for this machine alone,
     ``workers``. ParameterError where there is no such scheduler or cluster.
     """
-    workers, threads, gpus = shares.get("workers"), shares.get("threads"), ()
+    workers, threads, gpus = shares.get("workers"), shares.get("threads"), []
     if workers and (scheduler or cluster):
         raise ParameterError("workers", workers, "must not be given with a scheduler or cluster, which has its own")
     with ExitStack() as stack:
@@ -94,8 +87,8 @@ def pool(
         address: Any = scheduler
         if cluster:
             address, workers, each = job_cluster(cluster)
-            stack.enter_context(address).scale(workers)
             threads = threads or each
+            stack.enter_context(address).scale(workers)
         elif not scheduler:
             most, threads, gpus = machine(**shares, cpu=cpu)
             workers = min(most, jobs)
@@ -107,14 +100,12 @@ def pool(
         except (OSError, ValueError) as error:
             allowed = f"must be the address of a Dask scheduler that answers ({' '.join(str(error).split())})"
             raise ParameterError("scheduler", scheduler, allowed) from error
-        nthreads: Any = client.nthreads()
-        workers, threads = workers or sum(nthreads.values()), threads or 1
         own = f", a GPU each of {', '.join(gpus)}" if gpus else ""
-        log(f"{workers} at a time, threads of each: {threads}{own}")
+        log(f"{workers or 'as many as workers have threads'} at a time, threads of each: {threads or 1}{own}")
         path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         environment = {"PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1", "PWD": os.getcwd()}
         environment |= {"PA_RUNS": str(runs_home()), "PA_DATA": str(data_home())}
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads or 1))
         yield partial(client.submit, execute, environment=environment, gpus=gpus, retries=RETRIES)
 
 
@@ -139,12 +130,12 @@ def job_cluster(file: str | os.PathLike) -> tuple[Any, int, int]:
 
 
 def execute(
-    place: Path, parameters: dict[str, Any], notebook: Path | None, environment: dict[str, str], gpus: tuple[str, ...]
-) -> tuple[str, str]:
+    place: Path, parameters: dict[str, Any], notebook: Path | None, environment: dict[str, str], gpus: list[str]
+) -> str:
     """On a worker: make a run, by papermill or, without a notebook, in this process. ``place`` is a folder to keep.
 
-    Returns the error and the notebook's cell that raised it, both empty when all went well. RuntimeError where its
-    process died without an error of its own; Dask starts the run again.
+    Returns its error, with the notebook's cell that raised it, empty when all went well. RuntimeError where its process
+    died without an error of its own; Dask starts the run again.
     """
     if gpus:  # one for each worker of this machine; elsewhere its environment says which it has
         environment = environment | {"CUDA_VISIBLE_DEVICES": gpus[int(get_worker().name) % len(gpus)]}
@@ -162,11 +153,11 @@ def execute(
         with subprocess.Popen(command, env=environment, start_new_session=True, **files) as process:
             while process.poll() is None and not _stopped():
                 time.sleep(0.1)
-    error, cell = raised(output) if process.returncode else ("", "")
+    error = _raised(output) if process.returncode else ""
     if process.returncode and not error:
         last = text.read_text(errors="replace").rstrip().rpartition("\n")[2] or "nothing"
         raise RuntimeError(f"its process ended with status {process.returncode}; its last output: {last}")
-    return error, cell
+    return error
 
 
 def _stopped() -> bool:
@@ -176,17 +167,17 @@ def _stopped() -> bool:
     return task is None or task.state == "cancelled"
 
 
-def raised(notebook: Path) -> tuple[str, str]:
-    """The error that ended an executed notebook, and its cell's last line; two empty texts where there is none."""
+def _raised(notebook: Path) -> str:
+    """The error that ended an executed notebook, and its cell's last line; empty where there is none."""
     for cell in read_json(notebook).get("cells", []):
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
                 last = "".join(cell["source"]).rstrip().rpartition("\n")[2]
-                return f"{output['ename']}: {output['evalue']}", f"In [{cell['execution_count']}]: {last}"
-    return "", ""
+                return f"{output['ename']}: {output['evalue']} (In [{cell['execution_count']}]: {last})"
+    return ""
 
 
-def _here(parameters: dict[str, Any], environment: dict[str, str], log: TextIO) -> tuple[str, str]:
+def _here(parameters: dict[str, Any], environment: dict[str, str], log: TextIO) -> str:
     os.environ.update(environment)  # before CUDA is asked for anything; a worker keeps its GPU
     os.chdir(environment["PWD"])
     torch, experiment = (importlib.import_module(name) for name in ("torch", "pa_core.experiment"))
@@ -201,5 +192,5 @@ def _here(parameters: dict[str, Any], environment: dict[str, str], log: TextIO) 
         experiment.run(Experiment.from_mapping(parameters), log=note)
     except (Exception, KeyboardInterrupt) as error:  # whatever it is, it is this run's result, and the others go on
         traceback.print_exc(file=log)
-        return f"{type(error).__name__}: {error}", ""
-    return "", ""
+        return f"{type(error).__name__}: {error}"
+    return ""
