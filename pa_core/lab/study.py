@@ -121,13 +121,12 @@ def split(label: str) -> tuple[str, str]:
 
 
 def collect(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
-    """A row per run and metric, with `statistics.RUN_COLUMNS`, from the table of the study's sweep.
+    """The table of the study's sweep -> a row per run and metric, with `statistics.RUN_COLUMNS`.
 
-    RunError says which run has not finished, or that those of one seed do not share data, split and device.
+    RunError where a run has not finished, or those of one seed do not share data, split and device.
     """
     if undone := frame.loc[frame["status"] != sweep.FINISHED, "arm"].tolist():
-        allowed = f"{len(undone)} have not finished, {undone[0]} first"
-        raise RunError(f"study {study.name} needs {len(frame)} runs; {allowed}")
+        raise RunError(f"study {study.name}: {len(undone)} of {len(frame)} runs have not finished, {undone[0]} first")
     if frame.empty:
         return pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
     dataset, arm = zip(*map(split, frame["arm"]), strict=True)
@@ -194,8 +193,7 @@ def publish(study: Study, runs: pd.DataFrame, *, folder: str, used: Sequence[Any
 def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple[Figure, pd.DataFrame]:
     """A figure of a study (``study_a``, ``study_c_decomposition``) and the table behind it, without making a run.
 
-    ``source`` is ``committed``, the runs in figures/, or ``runs``, those in ``runs_dir`` as far as they have finished.
-    Without runs an empty figure says so. ParameterError where there is no such source or study.
+    Of the ``committed`` runs in figures/, or the finished ``runs`` in ``runs_dir``; an empty figure where none are.
     """
     if source not in SOURCES:
         raise ParameterError("studies", source, f"must be one of {', '.join(SOURCES)}{did_you_mean(source, SOURCES)}")
@@ -228,10 +226,7 @@ def declared(*, source: str = COMMITTED, runs_dir: str = "runs") -> pd.DataFrame
 
 
 def make(*, study: str, estimate: bool = False, **where: Any) -> int:
-    """Make a study's runs as far as they are missing, and then its tables and figures in figures/. Exit status 0.
-
-    RunError where runs failed or are no pairs; then nothing in figures/ is changed.
-    """
+    """Make a study's missing runs, then its tables and figures; RunError, and none of these, where a run failed."""
     asked = read(study)
     if estimate:
         from pa_core.lab.workers import machine  # it loads Dask

@@ -105,10 +105,9 @@ class Sweep:
 
 
 def read(source: str | os.PathLike | Mapping[str, Any]) -> Sweep:
-    """Every combination of grid, arms and seeds of a sweep file, or of what it would hold, checked.
+    """A sweep file, or what it would hold, expanded. Relative paths in it begin in its folder, or where Python runs.
 
-    Relative paths of ``notebook`` and ``base`` begin in the file's folder, or in the working directory. ParameterError
-    where a key or a value is not allowed; the message names both.
+    ParameterError where a key or a value is not allowed; the message names both.
     """
     path = Path("sweep" if isinstance(source, Mapping) else source).absolute()
     name, folder, content = path.stem, path.parent, source if isinstance(source, Mapping) else read_yaml(source)

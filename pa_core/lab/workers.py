@@ -75,9 +75,8 @@ def pool(
 ) -> Iterator[Callable[..., Future]]:
     """Workers for so many jobs: those of a ``scheduler``, of a ``cluster``'s file, or of this :func:`machine`.
 
-    Yields what gives them a run: a function of the first arguments of :func:`execute`. A running Dask cluster makes as
-    many runs at a time as its workers have threads. ``shares`` are ``threads`` and, for this machine alone,
-    ``workers``. ParameterError where there is no such scheduler or cluster.
+    Yields a function of the first three arguments of :func:`execute` that submits it. ``shares`` are ``threads`` and,
+    for this machine alone, ``workers``. ParameterError where there is no such scheduler or cluster.
     """
     workers, threads, gpus = shares.get("workers"), shares.get("threads"), []
     if workers and (scheduler or cluster):
@@ -134,8 +133,7 @@ def execute(
 ) -> str:
     """On a worker: make a run, by papermill or, without a notebook, in this process. ``place`` is a folder to keep.
 
-    Returns its error, with the notebook's cell that raised it, empty when all went well. RuntimeError where its process
-    died without an error of its own; Dask starts the run again.
+    Returns its error, or an empty text. RuntimeError where its process died without one: Dask starts the run again.
     """
     if gpus:  # one for each worker of this machine; elsewhere its environment says which it has
         environment = environment | {"CUDA_VISIBLE_DEVICES": gpus[int(get_worker().name) % len(gpus)]}
