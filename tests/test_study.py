@@ -240,7 +240,7 @@ def test_runs_that_are_no_pairs_or_not_there_make_no_table(tmp_path):
     frame = table(read)
     with pytest.raises(RunError, match="differ in split_digest"):
         study.collect(read, frame.assign(split_digest=["a", "b", "a", "c"]))
-    with pytest.raises(RunError, match="1 have not finished"):
+    with pytest.raises(RunError, match="1 of 4 runs have not finished"):
         study.collect(read, frame.assign(status=[*frame["status"][:3], sweep.FAILED]))
     runs = study.collect(read, frame)
     for name in ("schema", "code_version"):
@@ -304,7 +304,7 @@ def test_a_study_is_drawn_as_far_as_its_runs_have_finished(folder, tmp_path, mon
     _, elsewhere = study.show("study_some", source="runs", runs_dir=str(tmp_path / "other"))
     assert elsewhere.empty
     sweep.look_up(read.sweep)
-    with pytest.raises(RunError, match="1 have not finished"):
+    with pytest.raises(RunError, match="1 of 4 runs have not finished"):
         study.collect(read, sweep.table(read.sweep))
     monkeypatch.setattr(results, "code_version", lambda: "other code")  # as after a change of pa_core
     assert set(results.load()["stale"]) == {True}

@@ -5,6 +5,7 @@ Where training itself does not matter, ``stub_run.py`` stands in for papermill.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,8 @@ from pa_core.params import PARAMETERS, SCHEMA, Experiment
 from pa_core.runs import Run
 
 pytest.importorskip("distributed")
+import dask.config
+
 from pa_core.lab import workers  # it loads Dask
 
 SWEEPS = sorted((home() / "params" / "sweeps").glob("*.yaml"))
@@ -82,7 +85,7 @@ REFUSED = {
     "grid: {treshold: [0.1]}": ("some: grid.treshold=0.1", "did you mean 'threshold'?"),
     "grid: {threshold: [0.1, 1.5]}": ("some: grid.threshold=1.5", "from 0 to 1"),
     "grid: {threshold: 0.1}": ("some: grid.threshold=0.1", "must be lists of values by parameter"),
-    "grid: {threshold: []}": ("some: grid.threshold=[]", "must be a list of values"),
+    "grid: {threshold: []}": ("some: grid.threshold=[]", "must be lists of values by parameter"),
     "grid: {schedule: [40, 20,p,20]}": ("some: grid.schedule='p'", "quote a schedule", "'20,p,20'"),
     "grid: {schedule: [[20, p, 20]]}": ("some: grid.schedule", "quote it where YAML would take it apart"),
     "grid: {schedule: ['5,p']}": ("some: grid.schedule='5,p'", "an epoch after it"),
@@ -238,15 +241,15 @@ def test_cores_and_gpus_are_divided(monkeypatch):
     monkeypatch.setattr(dask.system, "CPU_COUNT", 16)
     monkeypatch.setattr(distributed.system, "MEMORY_LIMIT", 2**40)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert workers.machine()[:3] == (16, 1, ())
-    assert workers.machine(threads=4)[:3] == (4, 4, ())
-    assert workers.machine(workers=3)[:3] == (3, 5, ())
-    assert workers.machine(workers=3, threads=2)[:3] == (3, 2, ())
+    assert workers.machine() == (16, 1, [])
+    assert workers.machine(threads=4) == (4, 4, [])
+    assert workers.machine(workers=3) == (3, 5, [])
+    assert workers.machine(workers=3, threads=2) == (3, 2, [])
     monkeypatch.setattr(distributed.system, "MEMORY_LIMIT", 8 * 2**30)
-    assert workers.machine()[:3] == (4, 4, ())
+    assert workers.machine() == (4, 4, [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-ab")
-    assert workers.machine()[:3] == (2, 8, ("2", "GPU-ab"))
-    assert workers.machine(cpu=True).gpus == ()
+    assert workers.machine() == (2, 8, ["2", "GPU-ab"])
+    assert workers.machine(cpu=True)[2] == []
     with pytest.raises(ParameterError, match="workers=0: must be at least 1"):
         workers.machine(workers=0)
 
@@ -259,14 +262,14 @@ slurm: {queue: gpu, cores: 8, processes: 2, memory: 32GB, walltime: "12:00:00", 
 
 def test_the_job_script_of_a_batch_system(tmp_path):
     (tmp_path / "cluster.yaml").write_text(JOBS)
-    cluster, jobs, threads = workers.job_cluster(tmp_path / "cluster.yaml")
+    cluster, count, threads = workers.job_cluster(tmp_path / "cluster.yaml")
     with cluster:
         script = cluster.job_script()
-    assert (jobs, threads) == (3, 4)
+    assert (count, threads) == (6, 4)
     asked = ("-p gpu", "--cpus-per-task=8", "--mem=30G", "-t 12:00:00", "--gres=gpu:2")
     assert {f"#SBATCH {words}" for words in asked} <= set(script.splitlines())
     assert "distributed.cli.dask_worker tcp://" in script and "--nworkers 2" in script
-    assert "--resources run=1" in script  # one run at a time
+    assert re.findall(r"--nthreads (\d)", script)[-1] == "1"  # one run at a time
 
 
 @pytest.mark.parametrize(
@@ -300,7 +303,7 @@ class Lab:
     def prepare(self) -> None:
         """Tell the stub where runs lie and what a manifest holds."""
         one = Experiment.from_mapping({"schedule": "1", "device": "cpu"})
-        locate = sweep.Sweep.of("seeds", []).locate
+        locate = sweep.Sweep("seeds", [("", one)]).locate
         places = {seed: str(locate(one.replace(seed=seed))) for seed in range(self.SEEDS)}
         (self.stub / "places.json").write_text(json.dumps(places))
         keys = ["split_digest", "data_digest", "weights_digest", "device_name", "precision"]
@@ -379,13 +382,13 @@ def test_what_fails_is_reported_and_the_others_go_on(lab):
     lab.behave(_1="error", _2="die once", _3="die", _4="nothing")
     frame = lab.sweep(6).set_index("seed")
     assert list(frame["status"]) == ["finished", "failed", "finished", "failed", "failed", "finished"]
-    assert frame["error"][1] == "NonFiniteLoss: the loss is not finite in step 7"
-    assert frame["cell"][1] == "In [4]: run = pa.run(experiment)"
+    error = "NonFiniteLoss: the loss is not finite in step 7 (In [4]: run = pa.run(experiment))"
+    assert frame["error"][1] == error
     assert Path(frame["kept"][1]).is_file() and "sweeps/seeds/" in frame["kept"][1]
     assert frame["error"][3] == "its process ended with status -9; its last output: about to die"
     assert frame["error"][4].startswith("it ended without its run")
     tries = Counter(int(seed) for seed, *_ in lab.noted("started"))
-    assert tries == {0: 1, 1: 1, 2: 2, 3: 1 + sweep.RETRIES, 4: 1, 5: 1}  # an error of its own is final
+    assert tries == {0: 1, 1: 1, 2: 2, 3: 1 + workers.RETRIES, 4: 1, 5: 1}  # an error of its own is final
     assert lab.trained == dict.fromkeys((0, 2, 5), 1)
     assert {value for _, value in lab.noted("trim")} == {"None"}  # what Dask sets for its workers slows training
     done = frame[frame["status"] == "finished"]
@@ -450,7 +453,7 @@ def test_many_runs_on_two_workers(lab):
     assert len(list(lab.runs.glob("*/notebook.ipynb"))) == 24
     assert [line for line in lab.lines if line.startswith("[24/24]")]
     until(lambda: not [p for p in alive(descendants(os.getpid())) if p not in before])
-    assert {threads for _, _, threads, _ in lab.noted("started")} == {str(workers.machine(workers=2).threads)}
+    assert {threads for _, _, threads, _ in lab.noted("started")} == {str(workers.machine(workers=2)[1])}
 
 
 def test_each_run_has_a_gpu_of_its_own(lab, monkeypatch):
@@ -472,7 +475,7 @@ def test_two_sweeps_that_share_runs_make_each_once_and_report_what_fails(lab):
     both = [lab.start(5), lab.start(5)]
     lab.wait_for(4)  # two of each; each run has two processes, of which one waits for the other
     lab.go()
-    error = "failed: NonFiniteLoss: the loss is not finite in step 7\n    In [4]: run = pa.run(experiment)\n"
+    error = "failed: NonFiniteLoss: the loss is not finite in step 7 (In [4]: run = pa.run(experiment))\n"
     for process in both:
         printed, _ = process.communicate(timeout=300)
         assert process.returncode == 1 and "4 of 5 finished, 1 failed" in printed and error in printed, printed
@@ -538,9 +541,11 @@ def test_on_a_running_dask_cluster(lab):
     assert {threads for _, _, threads, _ in lab.noted("started")} == {"3"}
 
 
-def test_a_scheduler_that_does_not_answer_is_refused(lab, monkeypatch):
-    monkeypatch.setattr(workers, "CONNECT_SECONDS", 0.5)
-    with pytest.raises(ParameterError, match="invalid scheduler='tcp://127.0.0.1:9': must be the address of"):
+def test_a_scheduler_that_does_not_answer_is_refused(lab):
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": 0.5}),
+        pytest.raises(ParameterError, match="invalid scheduler='tcp://127.0.0.1:9': must be the address of"),
+    ):
         lab.sweep(1, scheduler="tcp://127.0.0.1:9", workers=None)
 
 
@@ -585,7 +590,7 @@ def test_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkey
     lines: list[str] = []
     frame = sweep.run(file, log=lines.append)
     assert lines == ["sweep: 1 runs, 1 finished before, 0 to do"] and list(frame["run"]) == [name]
-    more = sweep.expand(file | {"seeds": [4]})
+    more = sweep.read(file | {"seeds": [4]})
     assert (sweep.estimate(more, workers=1) or 0) > 0
     assert set(results.load()["run"]) == {name}
 
@@ -622,7 +627,9 @@ def test_without_a_notebook_the_worker_makes_the_same_run(tmp_path):
     frame = frames[0].set_index("arm")
     assert dict(frame["status"]) == {"fine": "finished", "not finite": "failed"}
     failed = frame.loc["not finite"]
-    assert failed["error"].startswith("NonFiniteLoss: the loss is not finite in epoch 1") and failed["cell"] == ""
+    assert (
+        failed["error"].startswith("NonFiniteLoss: the loss is not finite in epoch 1") and "In [" not in failed["error"]
+    )
     assert "Traceback" in Path(failed["kept"]).read_text()
     made = Run(tmp_path / "direct" / frame["run"]["fine"])
     assert len(made.manifest["resumed"]) == 1 and not (made.path / "notebook.ipynb").exists()
@@ -640,7 +647,7 @@ def test_the_time_of_runs_is_estimated_from_runs_on_the_same_data(monkeypatch):
     monkeypatch.setattr(sweep, "_known", lambda _runs_dir: known)
     for place, each in ((None, 1.0), ("/there/pets", 2.0), ("/there/cars", 6.0)):
         base = {"schedule": "10"} | ({"dataset": "folder", "data_dir": place} if place else {})
-        some = sweep.expand({"base": base, "seeds": [0, 1, 2, 3], "notebook": "none"})
+        some = sweep.read({"base": base, "seeds": [0, 1, 2, 3], "notebook": "none"})
         assert sweep.estimate(some, workers=2) == 4 * 10 * each / 2
-    other = sweep.expand({"base": {"dataset": "folder", "data_dir": "/there/boats"}, "seeds": [0], "notebook": "none"})
+    other = sweep.read({"base": {"dataset": "folder", "data_dir": "/there/boats"}, "seeds": [0], "notebook": "none"})
     assert sweep.estimate(other, workers=2) is None

@@ -1,25 +1,7 @@
 """Studies: arms under equal terms, from their files to figures/: ``python -m pa_core.lab.study a``.
 
-A study is a file of params/study/:
-
-    question: Is it the attention?
-    reference: plain                        # the arm that all others are compared with
-    seeds: 10                               # 0 to 9, for every arm
-    contrasts: [salient - permuted]         # declared before the first run; only they are tested
-    contrast_seeds: 20                      # for the arms in them
-    described: [salient - rest]             # further contrasts to show, without a test
-    arms:
-      plain: a/plain.yaml                   # a params file that stands for itself,
-      salient: {xai: gradcam}               # or parameters beside those of base
-    base: {schedule: "6,p,6"}
-    datasets: [CIFAR-10 (JPEG)]             # what tables call them; with several, an arm lists one of these for each
-    may_differ: [lr]                        # what arms may differ in beyond proxies, schedule and augmentation
-    other_length: [plain longer]            # arms that by intent do not train for as many epochs as the reference
-    decomposition: [{arm: a, unmasked: b, honest: c}]
-    around: salient                         # the other arms differ from this one in one parameter each
-
-Its runs are a sweep's, made without notebooks: the same that 03_proxy_loop makes of an arm's file. figures/study_a.csv
-follows from figures/study_a_runs.csv, with a row per run and metric, and the schema and code version that made them.
+A study is a file of params/study/ (docs/studies.md). Its runs are a sweep's, made without notebooks: the same that
+03_proxy_loop makes of an arm's file. figures/study_a.csv follows from figures/study_a_runs.csv alone.
 """
 
 from __future__ import annotations
@@ -27,9 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -39,8 +22,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pa_core.errors import ParameterError, RunError, did_you_mean
 from pa_core.files import home, read_yaml, replacing
 from pa_core.lab import figures, results, statistics, sweep
-from pa_core.lab.statistics import Contrast
-from pa_core.lab.workers import machine
 from pa_core.params import PROXY_PARAMETERS, SCHEMA, Experiment
 from pa_core.runs import code_version
 
@@ -48,13 +29,10 @@ FREE = PROXY_PARAMETERS | {"schedule", "augment", "erase_region", "erase_probabi
 FREE |= {"cutmix_alpha", "seed"}
 """What arms may differ in; all else is equal, or the study's ``may_differ`` names it."""
 FOLDER = home() / "params" / "study"
-BETWEEN = ": "
 DECOMPOSITION = "_decomposition"
 SOURCES = COMMITTED, OWN = "committed", "runs"
-
-
 Parameters = dict[str, Any] | str
-Difference = Annotated[Contrast, BeforeValidator(Contrast.parse)]
+Contrasts = list[Annotated[statistics.Contrast, BeforeValidator(statistics.Contrast.parse)]]
 
 
 class StudyFile(BaseModel):
@@ -64,9 +42,9 @@ class StudyFile(BaseModel):
     question: str = Field("", description="a sentence")
     reference: str = Field(description="the name of an arm")
     seeds: int = Field(ge=1, strict=True, description="how many, a whole number of at least 1")
-    contrasts: list[Difference] = Field([], description="a list such as [salient - permuted]")
+    contrasts: Contrasts = Field([], description="a list such as [salient - permuted]")
     contrast_seeds: int = Field(0, ge=1, strict=True, description="how many, a whole number of at least 1")
-    described: list[Difference] = Field([], description="a list such as [salient - rest]")
+    described: Contrasts = Field([], description="a list such as [salient - rest]")
     arms: dict[str, Parameters | list[Parameters]] = Field(description="parameters or a params file, or lists, by name")
     base: Parameters = Field({}, description="names and values of parameters, or a params file")
     datasets: list[str] = Field([], description="a list of names")
@@ -76,8 +54,7 @@ class StudyFile(BaseModel):
     around: str = Field("", description="the name of an arm")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Study:
+class Study(NamedTuple):
     """A study file, checked."""
 
     name: str
@@ -100,13 +77,25 @@ def read(name: str) -> Study:
     most, limit = file.contrast_seeds or file.seeds, statistics.MAX_PAIRS_FOR_P_VALUE
     if file.contrasts and most > limit:
         raise ParameterError(f"{path.stem}: seeds", most, f"must be at most {limit}, or no exact test is made")
-    tested = {arm for contrast in file.contrasts for arm in (contrast.arm, contrast.against)}
-    arms = _arms(path, file)
-    count = {label: most if split(label)[1] in tested else file.seeds for label in arms}
-    named = [(label, arms[label].replace(seed=seed)) for label in arms for seed in range(count[label])]
-    study = Study(name=path.stem, file=file, sweep=sweep.Sweep.of(f"study_{path.stem}", named))
-    _check(study, arms)
-    return study
+    asked = [*chain(*file.contrasts, *file.described, *(part.values() for part in file.decomposition))]
+    for arm in (file.reference, *file.other_length, *asked, file.around or file.reference):
+        if arm not in file.arms:
+            allowed = f"must be one of {', '.join(sorted(file.arms))}{did_you_mean(arm, file.arms)}"
+            raise ParameterError(f"{path.stem}: arm", arm, allowed)
+    named, arms = [], _arms(path, file)
+    for label, e in arms.items():
+        dataset, arm = split(label)
+        reference = arms[f"{dataset}: {file.reference}"]
+        for parameter, wanted in reference.to_dict().items():  # equal terms
+            if parameter not in FREE | set(file.may_differ) and (value := getattr(e, parameter)) != wanted:
+                allowed = f"must be {wanted!r} as in the reference, or the study must say may_differ: [{parameter}]"
+                raise ParameterError(f"{path.stem}: {label}.{parameter}", value, allowed)
+        if e.length != reference.length and arm not in file.other_length:
+            allowed = f"must have the reference's {reference.length} epochs, or the study say other_length: [{arm}]"
+            raise ParameterError(f"{path.stem}: {label}.schedule", e.schedule, allowed)
+        count = most if arm in chain(*file.contrasts) else file.seeds
+        named += [(label, e.replace(seed=seed)) for seed in range(count)]
+    return Study(name=path.stem, file=file, sweep=sweep.Sweep(f"study_{path.stem}", named))
 
 
 def _arms(path: Path, file: StudyFile) -> dict[str, Experiment]:
@@ -120,53 +109,25 @@ def _arms(path: Path, file: StudyFile) -> dict[str, Experiment]:
             raise ParameterError(f"{path.stem}: arms.{arm}", given, allowed)
         for number, one in enumerate(each):
             values = read_yaml(path.parent / one) if isinstance(one, str) else base | one
-            made = sweep.experiment(values, lambda name, arm=arm: f"{path.stem}: arms.{arm}.{name}")
-            arms[f"{file.datasets[number] if file.datasets else made.dataset}{BETWEEN}{arm}"] = made
+            made = sweep.experiment(values, f"{path.stem}: arms.{arm}.")
+            arms[f"{file.datasets[number] if file.datasets else made.dataset}: {arm}"] = made
     return arms
 
 
 def split(label: str) -> tuple[str, str]:
     """``"DATASET: ARM"`` -> (dataset, arm)."""
-    dataset, _, arm = label.partition(BETWEEN)
+    dataset, _, arm = label.partition(": ")
     return dataset, arm
 
 
-def _check(study: Study, by_label: dict[str, Experiment]) -> None:
-    """Equal terms: within a dataset, arms differ only in what they may."""
-    file = study.file
-    asked = [file.reference, *file.other_length, *(name for part in file.decomposition for name in part.values())]
-    asked += [name for c in (*file.contrasts, *file.described) for name in (c.arm, c.against)]
-    for name in (*asked, file.around or file.reference):
-        if name not in file.arms:
-            allowed = f"must be one of {', '.join(sorted(file.arms))}{did_you_mean(name, file.arms)}"
-            raise ParameterError(f"{study.name}: arm", name, allowed)
-    for label, experiment in by_label.items():
-        dataset, arm = split(label)
-        reference = by_label[f"{dataset}{BETWEEN}{file.reference}"]
-        for name, wanted in reference.to_dict().items():
-            if name not in FREE | set(file.may_differ) and (value := getattr(experiment, name)) != wanted:
-                allowed = f"must be {wanted!r} as in the reference, or the study must say may_differ: [{name}]"
-                raise ParameterError(f"{study.name}: {label}.{name}", value, allowed)
-        if experiment.length != reference.length and arm not in file.other_length:
-            allowed = f"must have {reference.length} epochs as the reference, not {experiment.length}"
-            allowed += f", or the study must say other_length: [{arm}]"
-            raise ParameterError(f"{study.name}: {label}.schedule", experiment.schedule, allowed)
+def collect(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
+    """The table of the study's sweep -> a row per run and metric, with `statistics.RUN_COLUMNS`.
 
-
-# Runs -> tables
-
-
-def collect(study: Study, frame: pd.DataFrame, *, partial: bool = False) -> pd.DataFrame:
-    """A row per run and metric, with `statistics.RUN_COLUMNS`, from the table of the study's sweep.
-
-    ``partial`` takes the runs that there are; else RunError says which has not finished. RunError, too, where the runs
-    of one seed do not share data, split and device.
+    RunError where a run has not finished, or those of one seed do not share data, split and device.
     """
-    undone = frame.loc[frame["status"] != sweep.FINISHED, "arm"].tolist()
-    if undone and not partial:
-        allowed = f"{len(undone)} have not finished, {undone[0]} first"
-        raise RunError(f"study {study.name} needs {len(frame)} runs; {allowed}")
-    if len(undone) == len(frame):
+    if undone := frame.loc[frame["status"] != sweep.FINISHED, "arm"].tolist():
+        raise RunError(f"study {study.name}: {len(undone)} of {len(frame)} runs have not finished, {undone[0]} first")
+    if frame.empty:
         return pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
     dataset, arm = zip(*map(split, frame["arm"]), strict=True)
     return results.runs_table(frame.assign(dataset=dataset, arm=arm), study=study.name)
@@ -183,8 +144,8 @@ def tables(study: Study, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
             raise RunError(f"the runs of study {study.name} differ in {name}, so that they are no pairs")
     arms, file, table = set(runs["arm"]), study.file, pd.DataFrame(columns=list(statistics.COLUMNS))
     runs = runs if file.reference in arms else runs.head(0)
-    declared, described = ([c for c in cs if {c.arm, c.against} <= arms] for cs in (file.contrasts, file.described))
     if len(runs):
+        declared, described = ([c for c in cs if {*c} <= arms] for cs in (file.contrasts, file.described))
         table = statistics.compare(runs, reference=file.reference, declared=declared, described=described)
     asked = {(*split(label), job.experiment.seed) for job in study.sweep.jobs for label in job.arms}
     if not asked <= set(runs[["dataset", "arm", "seed"]].itertuples(index=False, name=None)):
@@ -207,14 +168,13 @@ def draw(study: Study, name: str, table: pd.DataFrame) -> Figure:
 
 def _values(study: Study) -> dict[str, dict[str, str]]:
     """Parameter -> arm -> its value: the arms that differ from ``around`` in that alone, and ``around`` itself."""
-    centre, found = study.file.around, {}
-    arms = {split(label)[1]: job.experiment for job in study.sweep.jobs for label in job.arms}
-    arms = {arm: Experiment(**e.effective() | {"seed": 0}).to_dict() for arm, e in arms.items()}
-    for arm, here in arms.items():
-        different = [name for name, value in here.items() if value != arms[centre][name]]
+    arms = {split(label)[1]: job.experiment.replace(seed=0).to_dict() for job in study.sweep.jobs for label in job.arms}
+    centre, found = arms[study.file.around], {}
+    for arm, values in arms.items():
+        different = [name for name, value in values.items() if value != centre[name]]
         if arm != study.file.reference and len(different) == 1:
-            name = different[0]
-            found.setdefault(name, {centre: arms[centre][name]})[arm] = here[name]
+            (name,) = different
+            found.setdefault(name, {study.file.around: centre[name]})[arm] = values[name]
     for name, values in found.items():
         if all(isinstance(value, (int, float)) for value in values.values()):
             found[name] = {arm: f"{value:g}" for arm, value in sorted(values.items(), key=lambda item: item[1])}
@@ -230,19 +190,19 @@ def publish(study: Study, runs: pd.DataFrame, *, folder: str, used: Sequence[Any
     return [album.save(draw(study, name, table), name, table=table, used=used) for name, table in made.items()]
 
 
-# For notebooks
-
-
 def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple[Figure, pd.DataFrame]:
     """A figure of a study (``study_a``, ``study_c_decomposition``) and the table behind it, without making a run.
 
-    ``source`` is ``committed``, the runs in figures/, or ``runs``, those in ``runs_dir`` as far as they have finished.
-    Without runs an empty figure says so. ParameterError where there is no such source or study.
+    Of the ``committed`` runs in figures/, or the finished ``runs`` in ``runs_dir``; an empty figure where none are.
     """
     if source not in SOURCES:
         raise ParameterError("studies", source, f"must be one of {', '.join(SOURCES)}{did_you_mean(source, SOURCES)}")
     study = read(name.removeprefix("study_").removesuffix(DECOMPOSITION))
-    runs = committed_runs(study.name) if source == COMMITTED else so_far(study, runs_dir=runs_dir)
+    path, runs = home() / "figures" / f"study_{study.name}_runs.csv", pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
+    if source == OWN:
+        runs = so_far(study, runs_dir=runs_dir)
+    elif path.is_file():  # without a column schema they are of schema 1
+        runs = pd.read_csv(path)
     table = tables(study, runs)[name]
     return draw(study, name, table), table
 
@@ -250,15 +210,10 @@ def show(name: str, *, source: str = COMMITTED, runs_dir: str = "runs") -> tuple
 def so_far(study: Study, *, runs_dir: str = "runs") -> pd.DataFrame:
     """What :func:`collect` gives, of the runs that this code has finished until now; none is made."""
     named = [(arm, job.experiment.replace(runs_dir=runs_dir)) for job in study.sweep.jobs for arm in job.arms]
-    here = sweep.Sweep.of(study.sweep.name, named)
+    here = sweep.Sweep(study.sweep.name, named)
     sweep.look_up(here)
-    return collect(study, sweep.table(here), partial=True)
-
-
-def committed_runs(name: str) -> pd.DataFrame:
-    """figures/study_NAME_runs.csv; empty while it is not there. Without a column ``schema`` they are of schema 1."""
-    path = home() / "figures" / f"study_{name}_runs.csv"
-    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(statistics.RUN_COLUMNS))
+    frame = sweep.table(here)
+    return collect(study, frame[frame["status"] == sweep.FINISHED])
 
 
 def declared(*, source: str = COMMITTED, runs_dir: str = "runs") -> pd.DataFrame:
@@ -270,25 +225,22 @@ def declared(*, source: str = COMMITTED, runs_dir: str = "runs") -> pd.DataFrame
     return found.loc[:, ["study", "dataset", "contrast", "n", *points, "p_holm", "verdict"]].reset_index(drop=True)
 
 
-# Running
-
-
-def make(*, study: str, estimate: bool = False, folder: str | None = None, **where: Any) -> int:
-    """Make a study's runs as far as they are missing, and then its tables and figures. Exit status 0.
-
-    RunError where runs failed or are no pairs; then nothing in the folder, by default figures/, is changed.
-    """
+def make(*, study: str, estimate: bool = False, **where: Any) -> int:
+    """Make a study's missing runs, then its tables and figures; RunError, and none of these, where a run failed."""
     asked = read(study)
     if estimate:
-        sweep.look_up(asked.sweep)
-        seconds = sweep.estimate(asked.sweep, workers=machine(**where).workers)
-        print(f"{len(asked.sweep.to_do)} of {len(asked.sweep.jobs)} runs to do: {sweep.duration(seconds)}")
+        from pa_core.lab.workers import machine  # it loads Dask
+
+        todo = sweep.look_up(asked.sweep)
+        seconds = sweep.estimate(asked.sweep, workers=machine(**where)[0])
+        words = "no finished run tells how long" if seconds is None else f"about {timedelta(seconds=round(seconds))}"
+        print(f"{len(todo)} of {len(asked.sweep.jobs)} runs to do: {words}")
         return 0
     sweep.say(f"study {asked.name}: {asked.file.question}")
     frame = sweep.run(asked.sweep, **where)
     runs = collect(asked, frame)
     used = [results.open_run(run, asked.sweep.runs_dir) for run in dict.fromkeys(frame["run"])]
-    print(*publish(asked, runs, folder=folder or str(home() / "figures"), used=used), sep="\n")
+    print(*publish(asked, runs, folder=str(home() / "figures"), used=used), sep="\n")
     return 0
 
 
@@ -297,7 +249,6 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pa_core.lab.study", description="Make a study of params/study/.")
     parser.add_argument("study", help=f"one of {', '.join(names())}, or the path of a study file")
     parser.add_argument("--estimate", action="store_true", help="only say how long the missing runs take")
-    parser.add_argument("--folder", help="where tables and figures go; figures/ by default")
     return sweep.command(parser, make, words)
 
 

@@ -1,12 +1,4 @@
-"""A file -> many runs: ``python -m pa_core.lab.sweep params/sweeps/threshold.yaml``.
-
-    notebook: 03_proxy_loop           # a notebook of notebooks/, the path of one, or none; this is the default
-    base: {dataset: fashion_mini}     # parameters of every run, or the path of a params file
-    grid: {threshold: [0.1, 0.4]}     # every combination of these values
-    arms:                             # named sets of parameters
-      plain: {schedule: "40"}
-      proxies: {schedule: "20,p,20"}
-    seeds: [0, 1, 2]
+"""A file -> many runs: ``python -m pa_core.lab.sweep params/sweeps/threshold.yaml``; docs/sweeps.md shows such a file.
 
 Every combination is a run: a `papermill` process on a Dask worker, or with ``notebook: none`` the worker's own. What is
 finished is known by the runs' identities, so the same command continues a sweep that was stopped in whatever way.
@@ -16,39 +8,34 @@ Importing this module loads neither torch nor Dask.
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import os
-import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+from uuid import uuid4
 
 import pandas as pd
+from annotated_types import MinLen
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pa_core.errors import ParameterError, RunError, did_you_mean
 from pa_core.files import home, read_json, read_yaml, runs_home, shown
 from pa_core.lab import notebooks
-from pa_core.params import PARAMETERS, Experiment
+from pa_core.params import PARAMETERS, Experiment, assigned
 
 TO_DO, STALE, FINISHED, FAILED = "to do", "stale", "finished", "failed"
-RETRIES = 2  # of a run whose process died without an error: killed, out of memory
 Log = Callable[[str], None]
 M = TypeVar("M", bound=BaseModel)
 say = partial(print, flush=True)
-
-
-# A file -> jobs
 
 
 class SweepFile(BaseModel):
@@ -57,7 +44,7 @@ class SweepFile(BaseModel):
     model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
     notebook: str = Field("03_proxy_loop", description="a notebook's name or path, or none")
     base: dict[str, Any] | str = Field({}, description="names and values of parameters, or a params file's path")
-    grid: dict[str, list[Any]] = Field({}, description="lists of values by parameter, such as {threshold: [0.4, 0.8]}")
+    grid: dict[str, Annotated[list, MinLen(1)]] = Field({}, description="lists of values by parameter, as {lr: [0.1]}")
     arms: dict[str, dict[str, Any] | None] = Field({}, description="parameters by name, such as {plain: {lr: 0.1}}")
     seeds: list[Any] = Field([], description="a list of values, such as [0, 1, 2]")
 
@@ -82,35 +69,26 @@ class Job:
     experiment: Experiment
     arms: list[str]  # several where they differ only in what has no effect
     status: str = TO_DO  # stale: to do, and finished by other code
-    run: Path | None = None  # the directory of a finished one
-    error: str = ""  # of a failed one
-    cell: str = ""  # that raised it
+    run: str | None = None  # the name of its directory, when it is finished
+    error: str = ""  # of a failed one, with the notebook's cell
     kept: str = ""  # what is left of it
 
 
-@dataclass(kw_only=True, eq=False)
 class Sweep:
-    """What a file asks for: of the ``combinations`` of grid, arms and seeds each is one of the jobs, or the same."""
+    """What a file asks for, from (arm, experiment); what makes the same run is one job, which belongs to all its arms.
 
-    name: str  # of the file; reports lie under sweeps/NAME in the runs folder
-    notebook: Path | None  # None where the worker itself makes the runs
-    jobs: list[Job]
-    combinations: int
+    ``name`` is the file's; reports lie under sweeps/NAME in the runs folder. Without a notebook workers make the runs.
+    """
 
-    @classmethod
-    def of(cls, name: str, named: Iterable[tuple[str, Experiment]], notebook: Path | None = None) -> Sweep:
-        """A sweep of (arm, experiment): what makes the same run is one job, which belongs to all their arms."""
-        named, jobs = list(named), {}
+    def __init__(self, name: str, named: Sequence[tuple[str, Experiment]], notebook: Path | None = None):
+        self.name, self.notebook, self.runs_dir, self.combinations = name, notebook, named[0][1].runs_dir, len(named)
+        jobs: dict[str, Job] = {}
         for arm, e in named:
             places = [e.dataset, e.data_dir, e.image_size, e.bad_images, e.pretrained, e.runs_dir]
             job = jobs.setdefault(str([e.effective(), places]), Job(experiment=e, arms=[]))
             job.arms += [arm] if arm not in job.arms else []
-        return cls(name=name, notebook=notebook, jobs=list(jobs.values()), combinations=len(named))
-
-    @cached_property
-    def varied(self) -> list[str]:
-        """The parameters that differ between jobs."""
-        return [name for name in PARAMETERS if len({str(getattr(job.experiment, name)) for job in self.jobs}) > 1]
+        self.jobs = list(jobs.values())
+        self.varied = [p for p in PARAMETERS if len({str(getattr(job.experiment, p)) for job in self.jobs}) > 1]
 
     def title(self, job: Job) -> str:
         """What tells a job from the others: ``mean  threshold=0.4 seed=1``."""
@@ -125,51 +103,36 @@ class Sweep:
         names, identify = ("dataset", "data_dir", "bad_images", "image_size"), cache(data.identify)
         return lambda e: experiment.locate(e, identity=identify(**{name: getattr(e, name) for name in names}))
 
-    @property
-    def runs_dir(self) -> str:
-        return self.jobs[0].experiment.runs_dir
 
-    @property
-    def to_do(self) -> list[Job]:
-        return [job for job in self.jobs if job.status != FINISHED]
+def read(source: str | os.PathLike | Mapping[str, Any]) -> Sweep:
+    """A sweep file, or what it would hold, expanded. Relative paths in it begin in its folder, or where Python runs.
 
-
-def read(path: str | os.PathLike) -> Sweep:
-    """Expand and check a sweep file, see :func:`expand`."""
-    return expand(read_yaml(path), name=Path(path).stem, folder=Path(path).absolute().parent)
-
-
-def expand(content: Mapping[str, Any], *, name: str = "sweep", folder: Path | None = None) -> Sweep:
-    """Every combination of grid, arms and seeds of a sweep file's content, checked.
-
-    Relative paths of ``notebook`` and ``base`` begin in ``folder``, by default the working directory. ParameterError
-    where a key or a value is not allowed; the message names both.
+    ParameterError where a key or a value is not allowed; the message names both.
     """
-    folder, file = folder or Path.cwd(), checked(SweepFile, content, name=name)
-    if file.seeds and "seed" in file.grid:
-        raise ParameterError(f"{name}: grid.seed", file.grid["seed"], "must not be set here: seeds sets it")
+    path = Path("sweep" if isinstance(source, Mapping) else source).absolute()
+    name, folder, content = path.stem, path.parent, source if isinstance(source, Mapping) else read_yaml(source)
+    file = checked(SweepFile, content, name=name)
     axes = file.grid | ({"seed": file.seeds} if file.seeds else {})
     of = {parameter: f"grid.{parameter}" for parameter in file.grid} | ({"seed": "seeds"} if file.seeds else {})
     if not (axes or file.arms):
         raise ParameterError(f"{name}: keys", sorted(map(str, content)), "must include one of grid, arms and seeds")
-    if empty := [parameter for parameter in axes if not axes[parameter]]:
-        raise ParameterError(f"{name}: {of[empty[0]]}", [], "must be a list of values, such as [1, 2]")
+    arms = {arm: own or {} for arm, own in (file.arms or {"": {}}).items()}
+    twice = [("grid.seed", file.grid["seed"], "seed")] if file.seeds and "seed" in file.grid else []
+    twice += [(f"arms.{arm}.{p}", own[p], p) for arm, own in arms.items() for p in own if p in axes]
+    for place, value, parameter in twice[:1]:
+        raise ParameterError(f"{name}: {place}", value, f"must not be set here: {of[parameter]} sets it")
     base, named = read_yaml(folder / Path(file.base).expanduser()) if isinstance(file.base, str) else file.base, []
-    for arm, given in (file.arms or {"": {}}).items():
-        own = given or {}
-        for parameter in own.keys() & axes.keys():
-            place = f"{name}: arms.{arm}.{parameter}"
-            raise ParameterError(place, own[parameter], f"must not be set here: {of[parameter]} sets it")
+    for arm, own in arms.items():
         places = {p: f"base.{p}" for p in base} | {p: f"arms.{arm}.{p}" for p in own} | of
         for values in itertools.product(*axes.values()):
             parameters = {**base, **own, **dict(zip(axes, values, strict=True))}
-            named.append((arm, experiment(parameters, lambda p, places=places: f"{name}: {places.get(p, p)}")))
-    if len(folders := {experiment.runs_dir for _, experiment in named}) > 1:
+            named.append((arm, experiment(parameters, f"{name}: ", places)))
+    if len(folders := {e.runs_dir for _, e in named}) > 1:
         raise ParameterError(f"{name}: runs_dir", sorted(folders), "must be one folder for all runs, set in base")
-    return Sweep.of(name, named, _notebook(f"{name}: notebook", file.notebook, folder))
+    return Sweep(name, named, _notebook(f"{name}: notebook", file.notebook, folder))
 
 
-def experiment(parameters: Mapping[str, Any], place: Callable[[str], str]) -> Experiment:
+def experiment(parameters: Mapping[str, Any], prefix: str, places: Mapping[str, str] = {}) -> Experiment:
     """An experiment; a refusal names the parameter's place in the file."""
     try:
         return Experiment.from_mapping(parameters)
@@ -177,16 +140,16 @@ def experiment(parameters: Mapping[str, Any], place: Callable[[str], str]) -> Ex
         split = error.name == "schedule" or (error.name not in PARAMETERS and error.value is None)
         hint = "; quote a schedule where YAML would take it apart: '20,p,20'"
         allowed = error.allowed + (hint if split and "quote" not in error.allowed else "")
-        raise ParameterError(place(error.name), error.value, allowed) from None
+        raise ParameterError(prefix + places.get(error.name, error.name), error.value, allowed) from None
 
 
 def _notebook(place: str, text: str, folder: Path) -> Path | None:
-    """A notebook of this repository by its name, or any by its path, from the file or the working directory."""
+    """A notebook of this repository by its name, or any by its path."""
     if text == "none":
         return None
-    own, file = home() / "notebooks", text if text.endswith(".ipynb") else f"{text}.ipynb"
-    found = next((path for path in (own / file, folder / file, Path(file).absolute()) if path.is_file()), None)
-    if found is None:
+    own, file = home() / "notebooks", f"{text.removesuffix('.ipynb')}.ipynb"
+    found = own / file if (own / file).is_file() else folder / file
+    if not found.is_file():
         known = sorted(path.stem for path in own.glob("*.ipynb"))
         allowed = f"must be one of {', '.join(known)}, a notebook's path, or none"
         raise ParameterError(place, text, allowed + did_you_mean(text, known))
@@ -196,19 +159,18 @@ def _notebook(place: str, text: str, folder: Path) -> Path | None:
     return found
 
 
-# What is there already
-
-
 def _known(runs_dir: str) -> pd.DataFrame:
     """The finished runs of a folder; torch is not loaded where there is none."""
     if not any(runs_home(runs_dir).glob("*/manifest.json")):
-        return pd.DataFrame(columns=["run", "schedule", "dataset", "model"])
-    frame = importlib.import_module("pa_core.lab.results").load(runs_dir)
+        return pd.DataFrame(columns=["run", "dataset", "model", "schedule"])
+    from pa_core.lab import results
+
+    frame = results.load(runs_dir)
     return frame.loc[frame["status"] == FINISHED]
 
 
-def look_up(sweep: Sweep) -> None:
-    """Note which jobs are finished, by this code or (stale) by another version.
+def look_up(sweep: Sweep) -> list[Job]:
+    """Note which jobs are finished, by this code or (stale) by another version. Returns those to do.
 
     Nothing is downloaded for it: only jobs are looked up that have the dataset, model and schedule of a finished run.
     """
@@ -221,17 +183,18 @@ def look_up(sweep: Sweep) -> None:
             with suppress(ParameterError):  # the run itself will say what is wrong, and where
                 path = sweep.locate(job.experiment)
                 if path.name in runs:
-                    job.status, job.run = FINISHED, path
+                    job.status, job.run = FINISHED, path.name
                 elif path.name.rpartition("-")[0] in others:
                     job.status = STALE
+    return [job for job in sweep.jobs if job.status != FINISHED]
 
 
 def table(sweep: Sweep) -> pd.DataFrame:
     """A row per arm and run: ``arm``, what varies, how far it is, parameters, and what `results.load` knows."""
-    rows = []
+    rows, noted = [], ("run", "status", "error", "kept")
     for job in sweep.jobs:
-        known = {name: getattr(job, name) for name in ("status", "error", "cell", "kept")} | job.experiment.to_dict()
-        rows += [{"arm": arm, "run": job.run and job.run.name} | known for arm in job.arms]
+        known = {name: getattr(job, name) for name in noted} | job.experiment.to_dict()
+        rows += [{"arm": arm} | known for arm in job.arms]
     frame = pd.DataFrame(rows)
     if frame["run"].notna().any():
         known = _known(sweep.runs_dir)
@@ -245,12 +208,10 @@ def estimate(sweep: Sweep, *, workers: int) -> float | None:
         return None
     alike = [known["dataset"], known["data_dir"].fillna(""), known["model"], known["epochs"]]
     mean = (known["train_seconds"] + known["proxy_seconds"]).groupby(alike).mean().dropna()
-    todo = [job.experiment for job in sweep.to_do]
-    each = [mean.get((e.dataset, e.data_dir or "", e.model, e.length)) for e in todo]
+    todo = [job.experiment for job in sweep.jobs if job.status != FINISHED]
+    folders = [str(Path(e.data_dir).expanduser().absolute()) if e.data_dir else "" for e in todo]  # as in the runs
+    each = [mean.get((e.dataset, folder, e.model, e.length)) for e, folder in zip(todo, folders, strict=True)]
     return None if None in each else sum(filter(None, each)) / max(1, min(workers, len(each)))
-
-
-# The sweep
 
 
 def run(
@@ -258,15 +219,12 @@ def run(
 ) -> pd.DataFrame:
     """Make the runs of a sweep that are not finished yet.
 
-    ``source`` is a sweep file, or what it would hold; a dry run only lists the runs; ``where`` are ``workers``,
-    ``threads``, ``scheduler`` and ``cluster``, see `workers.pool`, by default this machine. Returns :func:`table`.
-
-    ParameterError before the first run, where something asked for does not exist; KeyboardInterrupt after the runs
-    under way were stopped.
+    ``source`` is a sweep file, or what it would hold; a dry run only lists the runs; ``where`` are the ``workers``,
+    ``threads``, ``scheduler`` and ``cluster`` of `workers.pool`. Returns :func:`table`. ParameterError before the first
+    run, where something asked for does not exist; KeyboardInterrupt after the runs under way were stopped.
     """
-    sweep = source if isinstance(source, Sweep) else expand(source) if isinstance(source, Mapping) else read(source)
-    look_up(sweep)
-    todo, count = sweep.to_do, len(sweep.jobs)
+    sweep = source if isinstance(source, Sweep) else read(source)
+    todo, count = look_up(sweep), len(sweep.jobs)
     same, stale = sweep.combinations - count, sum(job.status == STALE for job in todo)
     made = f" ({sweep.combinations} combinations, {same} of them the same run as another)" if same else ""
     other = f" ({stale} of them finished by another version of the code)" if stale else ""
@@ -275,94 +233,67 @@ def run(
         for job in sweep.jobs:
             log(f"  {job.status:8}  {sweep.title(job)}")
     elif todo:
+        own = time.strftime(f"%Y%m%d-%H%M%S-{uuid4().hex[:8]}")
+        folder = runs_home(sweep.runs_dir) / "sweeps" / sweep.name / own
+        folder.mkdir(parents=True)
         try:
-            from pa_core.lab.workers import pool
+            _make(sweep, todo, folder, log, **where)
         except ImportError as error:
-            allowed = "must be installed: pip install 'pa-core[sweep]', or -r requirements.txt"
-            raise ParameterError("dask", str(error.name).partition(".")[0], allowed) from error
-        above = runs_home(sweep.runs_dir) / "sweeps" / sweep.name
-        try:
-            above.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=above))  # of this sweep's own
-        except OSError as error:
-            must = f"must be a folder to write in ({error.strerror})"
-            raise ParameterError("runs_dir", sweep.runs_dir, must) from error
-        try:
-            with pool(len(todo), cpu=all(job.experiment.device == "cpu" for job in todo), **where) as workers:
-                _make(sweep, folder, workers, log)
+            must = "must be installed: pip install 'pa-core[sweep]', or -r requirements.txt"
+            raise ParameterError("dask", error.name, must) from error
         finally:
             table(sweep).to_csv(folder / "report.csv", index=False)
-            log(f"the report is {shown(folder / 'report.csv')}")
+            failed = [job for job in sweep.jobs if job.status == FAILED]
+            for job in failed:
+                log(f"failed: {job.error}\n    {shown(Path(job.kept))}")
+            done = sum(job.status == FINISHED for job in sweep.jobs)
+            log(f"{done} of {count} finished, {len(failed)} failed; the report is {shown(folder / 'report.csv')}")
     return table(sweep)
 
 
-def _parameters(sweep: Sweep, job: Job, place: Path) -> dict[str, Any]:
-    """All that the notebook or the experiment is given, whatever the notebook itself says, with absolute paths."""
-    parameters = job.experiment.to_dict()
-    for name in ("data_dir", "pretrained", "runs_dir"):  # a worker may have another working directory
-        if isinstance(parameters[name], str) and (name, parameters[name]) != ("runs_dir", "runs"):
-            parameters[name] = str(Path(parameters[name]).expanduser().absolute())
-    if sweep.notebook and re.search(r"^figures_dir\s*[:=]", notebooks.parameters_source(sweep.notebook), re.MULTILINE):
-        parameters["figures_dir"] = str(place / "figures")
-    return parameters
-
-
-def _make(sweep: Sweep, folder: Path, pool: Any, log: Log) -> None:
+def _make(sweep: Sweep, todo: list[Job], folder: Path, log: Log, **where: Any) -> None:
     """Give the jobs out and note in each how it ends."""
     from distributed import as_completed
 
-    import pa_core.experiment  # noqa: F401, loads torch now: look-ups between runs are quick then, and so is Ctrl-C
-    from pa_core.lab.workers import execute
+    from pa_core.lab.workers import pool
 
-    gpus = f", a GPU each of {', '.join(pool.gpus)}" if pool.gpus else ""
-    expected = duration(estimate(sweep, workers=pool.workers))
-    log(f"{pool.workers} at a time, threads of each: {pool.threads}{gpus}; {expected}")
-    futures, todo, environment = {}, sweep.to_do, pool.environment
-    for number, job in enumerate(todo):
-        place = folder / str(number)
-        task = (place, _parameters(sweep, job, place), sweep.notebook, environment, pool.gpus)
-        options = {"key": f"{folder.name}-{number}", "retries": RETRIES, "resources": pool.resources}
-        futures[pool.client.submit(execute, *task, **options)] = job, place
-    started = time.perf_counter()
-    try:
-        for count, future in enumerate(as_completed(futures, loop=pool.client.loop), 1):
-            job, place = futures[future]
-            _note(job, future, place, sweep.locate)
-            left = (time.perf_counter() - started) / count * (len(todo) - count)
-            what = ", ".join(filter(None, [job.error, job.cell])) or (job.run.name if job.run else "")
-            after = f"; {duration(left)} left" if left else ""
-            log(f"[{count}/{len(todo)}] {job.status}: {sweep.title(job)}: {what}{after}")
-    except KeyboardInterrupt:
-        log("interrupted: stopping the runs under way; the same command goes on from their checkpoints")
-        pool.client.cancel(list(futures))  # which stops what is under way
-        raise
+    futures, started, cpu = {}, time.perf_counter(), all(job.experiment.device == "cpu" for job in todo)
+    has_figures = sweep.notebook and "figures_dir" in assigned(notebooks.parameters_source(sweep.notebook))
+    with pool(len(todo), cpu, log, **where) as submit:
+        for number, job in enumerate(todo):
+            place = folder / str(number)
+            parameters = job.experiment.to_dict() | ({"figures_dir": str(place / "figures")} if has_figures else {})
+            futures[submit(place, parameters, sweep.notebook)] = job, place
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                job, place = futures[future]
+                _note(job, future, place, sweep.locate)
+                left = timedelta(seconds=round((time.perf_counter() - started) / count * (len(todo) - count)))
+                what = f"{job.status}: {sweep.title(job)}: {job.error or job.run}"
+                log(f"[{count}/{len(todo)}] {what}; about {left} left")
+        except KeyboardInterrupt:  # leaving the block gives the runs up, which stops them
+            log("interrupted: stopping the runs under way; the same command goes on from their checkpoints")
+            raise
 
 
 def _note(job: Job, future: Any, place: Path, locate: Callable[[Experiment], Path]) -> None:
     """Note how a job ended. It is finished only if the run with its identity is."""
-    if future.status == FINISHED:
-        job.error, job.cell = future.result()
-    else:
-        job.error = " ".join(str(future.exception() if future.status == "error" else "it was cancelled").split())
+    try:
+        job.error = future.result()
+    except Exception as error:  # what Dask says of a worker or process that died
+        job.error = " ".join(str(error).split())
     path = None if job.error else locate(job.experiment)
     if path and read_json(path / "manifest.json").get("status") == FINISHED:
-        job.status, job.run = FINISHED, path
+        job.status, job.run = FINISHED, path.name
         for name in ("notebook.ipynb", "figures"):  # what another sweep put there first, stays
             if (place / name).exists() and not (path / name).exists():
                 os.replace(place / name, path / name)
         shutil.rmtree(place, ignore_errors=True)
-        kept = [path / "notebook.ipynb", path]
+        place = path
     else:
-        job.status, kept = FAILED, [place / "notebook.ipynb", place / "log.txt"]
+        job.status = FAILED
         job.error = job.error or f"it ended without its run {path}; was the code changed since the sweep began?"
-    job.kept = str(next(filter(Path.exists, kept), ""))
-
-
-def duration(seconds: float | None) -> str:
-    return "no finished run tells how long" if seconds is None else f"about {timedelta(seconds=round(seconds))}"
-
-
-# The command
+    job.kept = str(next(filter(Path.exists, [place / "notebook.ipynb", place / "log.txt"]), place))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -373,17 +304,11 @@ def main(words: Sequence[str] | None = None) -> int:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--scheduler", metavar="ADDRESS", help="use a running Dask cluster, such as tcp://node:8786")
     where.add_argument("--cluster", metavar="FILE", help="start one through dask-jobqueue, from a YAML file")
-    return command(parser, _report, words)
+    return command(parser, _status, words)
 
 
-def _report(*, file: str, dry_run: bool, **where: Any) -> int:
-    frame = run(file, dry_run=dry_run, **where)
-    failed = frame.loc[frame["status"] == FAILED].drop_duplicates(["error", "cell", "kept"])
-    for row in failed.itertuples():
-        print(f"failed: {row.error}\n    {row.cell or 'no cell'}\n    {row.kept}", file=sys.stderr)
-    if not dry_run:
-        print(f"{sum(frame['status'] == FINISHED)} of {len(frame)} finished, {sum(frame['status'] == FAILED)} failed")
-    return min(1, len(failed))
+def _status(*, file: str, **options: Any) -> int:
+    return int((run(file, **options)["status"] == FAILED).any())
 
 
 def command(parser: argparse.ArgumentParser, work: Callable[..., int], words: Sequence[str] | None) -> int:
@@ -391,14 +316,13 @@ def command(parser: argparse.ArgumentParser, work: Callable[..., int], words: Se
     parser.add_argument("--workers", type=int, help="runs at a time; by default one per GPU, or per core")
     parser.add_argument("--threads", type=int, help="threads of each run; by default cores divided by workers")
     options = vars(parser.parse_args(words))
-    for name in ("SIGTERM", "SIGHUP"):  # ask to stop, and get the same good order as Ctrl-C
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+    for asked_to_stop in (signal.SIGTERM, signal.SIGHUP):  # in the same good order as Ctrl-C
+        signal.signal(asked_to_stop, signal.default_int_handler)
     try:
         return work(**options)
-    except (ParameterError, RunError) as error:
+    except (ParameterError, RunError, OSError) as error:  # the last one is a folder that cannot be written, say
         print(error, file=sys.stderr)
-        return 2 if isinstance(error, ParameterError) else 1
+        return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
