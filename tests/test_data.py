@@ -221,7 +221,7 @@ def spoil(root: Path) -> dict[str, str]:
     os.mkfifo(root / "b" / "pipe.png")
     noise(98).save(root / "outside.png")
     return {
-        "a/empty.png": "an empty file",
+        "a/empty.png": "no image, or of an unknown format",
         "a/text.jpg": "no image, or of an unknown format",
         "b/float.tiff": "32-bit pixels (mode F) have no agreed range",
         "b/half.jpg": "image file is truncated",
@@ -235,7 +235,7 @@ def spoil(root: Path) -> dict[str, str]:
 def test_broken_images_are_refused_by_name_or_skipped_and_listed(tmp_path, decodes):
     root = make_folder(tmp_path / "d", {"a": 8, "b": 8})
     good, reasons = load(root), spoil(root)
-    named = r"must hold no broken image \(a/empty.png \(an empty file\), .* and 3 more\); .* set bad_images to skip$"
+    named = r"must hold no broken image \(a/empty.png \(no image, or of an unknown format\), .* and 3 more\); .* set bad_images to skip$"
     for _ in range(2):  # the second time from the cache
         with refused(named):
             load(root)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -78,30 +79,18 @@ class Dataset:
     dropped: tuple[str, ...] = ()  # ids left out of train or an official val as copies of test (or val) images
 
 
-def load(
-    *,
-    dataset: str,
-    data_dir: str | None = None,
-    bad_images: str = "refuse",
-    image_size: int | None = None,
-    train_fraction: float = 1.0,
-    folds: int = 5,
-    fold: int = 0,
-    seed: int = 0,
-) -> Dataset:
-    """A dataset as ``Experiment`` describes it, downloaded, decoded and split as far as that was not done before.
-
-    The default size of ``folder`` is the largest of 32, 64, 96, 128 and 224 that is not above the median shorter side.
-    ParameterError where there is no such dataset, or the images do not allow what is asked.
-    """
-    found = _find(dataset, data_dir, bad_images, image_size)
+def load(*, train_fraction: float = 1.0, folds: int = 5, fold: int = 0, seed: int = 0, **images: Any) -> Dataset:
+    """A dataset as ``Experiment`` describes it, downloaded, decoded and split as far as that was not done before; its
+    ``images`` as :func:`identify` takes them. ParameterError where there is no such dataset, or the images do not allow
+    what is asked."""
+    found = _find(**images)
     rows, dropped = splits.split(found, folds=folds, fold=fold, seed=seed, train_fraction=train_fraction)
     labels, parts = torch.tensor([entry.label for entry in found.entries]), {}
     for name, at in rows.items():
         ids = tuple(found.entries[row].id for row in at.tolist())
         parts[name] = Part(name=name, ids=ids, labels=labels[at], store=found.pixels, rows=at)
     return Dataset(
-        name=dataset,
+        name=images["dataset"],
         classes=tuple(found.classes),
         image_size=found.pixels.shape[-1],
         digest=found.digest,
@@ -112,11 +101,10 @@ def load(
     )
 
 
-def identify(
-    *, dataset: str, data_dir: str | None = None, bad_images: str = "refuse", image_size: int | None = None
-) -> tuple[str, int]:
-    """A dataset's digest and its image size, as :func:`load` has them. No image is decoded if all are in the cache."""
-    found = _find(dataset, data_dir, bad_images, image_size)
+def identify(**images: Any) -> tuple[str, int]:
+    """A dataset's digest and its image size, as :func:`load` has them, by its name, ``data_dir``, ``bad_images`` and
+    ``image_size``. No image is decoded if all are in the cache."""
+    found = _find(**images)
     return found.digest, found.pixels.shape[-1]
 
 
@@ -134,7 +122,9 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _find(dataset: str, data_dir: str | None, bad_images: str, image_size: int | None) -> Catalogue:
+def _find(
+    dataset: str, data_dir: str | None = None, bad_images: str = "refuse", image_size: int | None = None
+) -> Catalogue:
     found = decoded(sources.find(dataset, data_dir), image_size)
     bad = [f"{entry.id} ({entry.reason})" for entry in found.entries if entry.reason]
     if bad and bad_images == "refuse":

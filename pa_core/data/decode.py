@@ -89,7 +89,9 @@ def _cached(home: Path, source: Source, size: int | None) -> Catalogue | None:
     try:
         kept = json.loads(_index(home, source, size).read_bytes())
         entries = [Entry(*row) for row in kept["entries"]]
-        return Catalogue(source.origin, kept["classes"], entries, _mapped(_store(home, entries, kept["size"])))
+        return Catalogue(
+            source.origin, kept["classes"], entries, np.load(_store(home, entries, kept["size"]), mmap_mode="r")
+        )
     except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
         return None  # numpy raises ValueError for a damaged header and for a file that is too short
 
@@ -124,7 +126,7 @@ def _build(home: Path, source: Source, asked: int | None) -> Catalogue:
     if all(entry.digest for entry in entries):  # else a file could not be read just now, and all are next time
         with files.replacing(index) as temporary:
             temporary.write_text(json.dumps({"size": size, "classes": classes, "entries": [e[:5] for e in entries]}))
-    return Catalogue(source.origin, classes, entries, _mapped(store))
+    return Catalogue(source.origin, classes, entries, np.load(store, mmap_mode="r"))
 
 
 def _index(home: Path, source: Source, size: int | None) -> Path:
@@ -133,10 +135,6 @@ def _index(home: Path, source: Source, size: int | None) -> Path:
 
 def _store(home: Path, entries: list[Entry], size: int) -> Path:
     return home / f"{sha([VERSION, size, [entry.digest for entry in entries]])[:32]}.npy"
-
-
-def _mapped(store: Path) -> np.ndarray:
-    return np.asarray(np.load(store, mmap_mode="r"))
 
 
 def sha(content: Any) -> str:
@@ -164,8 +162,6 @@ def decode(source: str | bytes | Image.Image, size: int) -> tuple[str, str, np.n
     try:
         content = Path(source).read_bytes() if isinstance(source, str) else source
         digest = content_digest(content)  # also of what is no image
-        if content == b"":
-            raise ValueError("an empty file")
         image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
         if image.format == "PNG" and isinstance(content, bytes) and b"IEND\xaeB`\x82" not in content:
             raise ValueError("image file is truncated")  # Pillow forgives a missing tail of a PNG

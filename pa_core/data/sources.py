@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -39,7 +40,12 @@ def find(name: str, data_dir: str | None) -> Source:
     root = None if data_dir is None else Path(data_dir).expanduser().absolute()
     if root is not None and not root.is_dir():
         raise ParameterError("data_dir", data_dir, "must be a folder that exists")
-    return DATASETS[name](name, root)
+    try:
+        return DATASETS[name](name, root)
+    except PermissionError as error:
+        raise ParameterError(
+            "data_dir", data_dir, f"must be a folder that you may read ({error.filename} is not)"
+        ) from error
 
 
 @functools.cache  # the same for every run of a process
@@ -60,20 +66,9 @@ def _fashion_mini(name: str, root: Path | None) -> Source:
 
 
 def _folder(name: str, root: Path | None) -> Source:
-    """A folder of class folders. It is only read."""
+    """A folder of class folders: classes sorted, images sorted by id, the path relative to the root. It is only read."""
     if root is None:
         raise ParameterError("data_dir", None, "must be the folder that holds the class folders")
-    try:
-        classes, entries = _scan(root)
-    except PermissionError as error:
-        text = f"must be a folder that you may read ({error.filename} is not)"
-        raise ParameterError("data_dir", str(root), text) from error
-    state, opened = _stamp(str(entry.image) for entry in entries), (classes, len(entries), entries.__getitem__)
-    return Source(name, os.path.realpath(root), ("data_dir", str(root)), state=lambda: state, open=lambda: opened)
-
-
-def _scan(root: Path) -> tuple[list[str], list[Entry]]:
-    """Class names, sorted, and the image files, sorted by id: the path relative to the root."""
     parts, entries = _parts(root), []
     classes = _subfolders(parts["train"])
     if len(classes) < 2:
@@ -89,7 +84,9 @@ def _scan(root: Path) -> tuple[list[str], list[Entry]]:
             folder = id_.split("/")[top != root]
             label, stray = classes.index(folder) if folder in classes else -1, "lies in no class folder"
             entries.append(Entry(id_, label, part, reason=stray if label < 0 else "", image=path))
-    return classes, sorted(entries)
+    entries.sort()
+    state, opened = _stamp(str(entry.image) for entry in entries), (classes, len(entries), entries.__getitem__)
+    return Source(name, os.path.realpath(root), ("data_dir", str(root)), state=lambda: state, open=lambda: opened)
 
 
 def _parts(root: Path) -> dict[str, Path]:
@@ -112,11 +109,13 @@ def _refusal(root: Path, found: str) -> ParameterError:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path.name))
+    return [os.path.basename(path) for path in _listed(str(folder)) if os.path.isdir(path)]
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini", "__macosx")
+def _listed(folder: str) -> list[str]:
+    """What a folder holds, sorted, but what is hidden."""
+    hidden = re.compile(r"\.|(thumbs\.db|desktop\.ini|__macosx)$", re.IGNORECASE)
+    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if not hidden.match(name))
 
 
 def _walk(top: Path) -> Iterator[str]:
@@ -124,7 +123,7 @@ def _walk(top: Path) -> Iterator[str]:
     real = Path(os.path.realpath(top))
     seen, folders = {str(real), *map(str, real.parents)}, [str(top)] if top.is_dir() else []
     for folder in folders:  # grows
-        for path in sorted(os.path.join(folder, name) for name in os.listdir(folder) if not _hidden(name)):
+        for path in _listed(folder):
             if not os.path.isdir(path):
                 yield path
             elif (below := os.path.realpath(path)) not in seen:
@@ -164,8 +163,7 @@ def _opened(name: str, root: Path) -> tuple[list[str], int, Callable[[int], Entr
         try:
             image, label = parts[part][number]
         except Exception as error:  # torchvision raises whatever its formats do
-            text = f"must be readable in {root} ({one_line(error)}), which needs {row['files']}"
-            raise ParameterError("dataset", name, text) from error
+            return Entry(f"{part}/{number:05d}", -1, part, reason=one_line(error))
         if isinstance(image, Image.Image) and (path := getattr(image, "filename", "")):
             image.close()  # opened, not decoded yet
             image = os.fspath(path)
@@ -177,18 +175,15 @@ def _opened(name: str, root: Path) -> tuple[list[str], int, Callable[[int], Entr
 
 def _get(name: str, root: Path) -> dict[str, Any]:
     """torchvision's datasets by part, downloaded if need be; ParameterError says what to put where."""
-    row, fetched = TORCHVISION[name], TORCHVISION[name].get("download", True)
+    row, new = TORCHVISION[name], root / ".download"
     try:
         try:
             return _open(row, root, download=False)
         except Exception:  # torchvision raises whatever it likes over files that are missing or damaged
-            if not fetched:
-                raise
-        print(f"downloading {name} to {root}", flush=True)
+            print(f"downloading {name} to {root}", flush=True)
         if any(_walk(root)):  # archives that lie there are unpacked, what is missing is fetched
             return _open(row, root, download=True)
         # torchvision takes half of an unpacked archive for all of it, so it unpacks elsewhere and the whole is moved.
-        new = root / ".download"
         shutil.rmtree(new, ignore_errors=True)  # of a download that failed
         new.mkdir(parents=True)
         _open(row, new, download=True)
@@ -198,9 +193,8 @@ def _get(name: str, root: Path) -> dict[str, Any]:
         new.rmdir()
         return _open(row, root, download=False)
     except Exception as error:
-        how = " or come by a download, and neither was possible" if fetched else ", for torchvision cannot download it"
-        text = f"must be in {root}{how} ({one_line(error)}); put {row['files']} into {root} and start again"
-        raise ParameterError("dataset", name, text) from error
+        text = f"must be in {root} or come by a download, and neither was possible ({one_line(error)})"
+        raise ParameterError("dataset", name, f"{text}; put {row['files']} into {root} and start again") from error
 
 
 def _open(row: dict[str, Any], root: Path, *, download: bool) -> dict[str, Any]:
