@@ -235,7 +235,9 @@ def spoil(root: Path) -> dict[str, str]:
 def test_broken_images_are_refused_by_name_or_skipped_and_listed(tmp_path, decodes):
     root = make_folder(tmp_path / "d", {"a": 8, "b": 8})
     good, reasons = load(root), spoil(root)
-    named = r"must hold no broken image \(a/empty.png \(no image, or of an unknown format\), .* and 3 more\); .* set bad_images to skip$"
+    named = (
+        r"no broken image \(found 8; the first: a/empty.png \(no image, .* b/half.png \(.*; .* set bad_images to skip$"
+    )
     for _ in range(2):  # the second time from the cache
         with refused(named):
             load(root)
@@ -317,7 +319,7 @@ def test_the_default_size_fits_the_median_shorter_side(tmp_path, sides, size):
         ({"dataset": "folder", "data_dir": "no/where"}, r"data_dir='no/where': must be a folder that exists"),
         ({"dataset": "folder", "data_dir": __file__}, r"data_dir='.*test_data.py': must be a folder that exists"),
         ({"dataset": "cifar10", "data_dir": "no/where"}, r"data_dir='no/where': must be a folder that exists"),
-        ({"data_dir": str(ROOT)}, r"data_dir='.*': must be none, .* comes with the package \(set dataset to folder"),
+        ({"data_dir": str(ROOT)}, r"data_dir='.*': must be none, .* comes with the package; set dataset to folder"),
         ({"folds": 401}, r"dataset='fashion_mini': must have at least 401 different"),
     ],
 )
@@ -353,7 +355,7 @@ def test_a_data_home_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     root = make_folder(tmp_path / "d", SIX)
     (tmp_path / "file").touch()
     monkeypatch.setenv("PA_DATA", str(tmp_path / "file" / "home"))
-    with refused(r"^invalid PA_DATA='.*/file/home': must be a folder .* that can be written \(Not a directory\)$"):
+    with refused(r"^invalid PA_DATA='.*/file/home': must be a folder that can be written \(Not a directory\)$"):
         load(root)
     data.load(dataset="fashion_mini")  # needs none
 

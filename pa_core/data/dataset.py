@@ -128,7 +128,6 @@ def _find(
     found = decoded(sources.find(dataset, data_dir), image_size)
     bad = [f"{entry.id} ({entry.reason})" for entry in found.entries if entry.reason]
     if bad and bad_images == "refuse":
-        named = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        text = f"must hold no broken image ({named}); repair or remove what is named, or set bad_images to skip"
-        raise ParameterError(*found.origin, text)
+        text = f"must hold no broken image (found {len(bad)}; the first: {', '.join(bad[:5])})"
+        raise ParameterError(*found.origin, f"{text}; repair or remove what is named, or set bad_images to skip")
     return found

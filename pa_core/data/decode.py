@@ -57,9 +57,8 @@ class Source(NamedTuple):
     """A dataset that was found but not read yet."""
 
     name: str
-    folder: str
     origin: tuple[str, Any]
-    state: Callable[[], str]  # a text that changes when the files do
+    state: Callable[[], str]  # a text that changes when the files do, or lie elsewhere
     open: Callable[[], tuple[Sequence[str], int, Callable[[int], Entry]]]  # classes, N, entry by number; may download
     image_size: int | None = None  # S when none is asked for; None: one that fits the images
     ready: Catalogue | None = None  # where images of that size need no decoding
@@ -72,7 +71,7 @@ def decoded(source: Source, size: int | None) -> Catalogue:
     size = size or source.image_size
     if source.ready and size == source.image_size:
         return source.ready
-    home = files.data_home() / "cache"
+    top, home = files.data_home(), files.data_home() / "cache"
     if found := _cached(home, source, size):
         return found
     try:
@@ -80,18 +79,15 @@ def decoded(source: Source, size: int | None) -> Catalogue:
         with files.lock(home / f"{source.name}.lock", f"waiting for another process that decodes {source.name}"):
             return _cached(home, source, size) or _build(home, source, size)
     except OSError as error:
-        text = f"must be a folder for downloads and image caches that can be written ({error.strerror or error})"
-        raise ParameterError("PA_DATA", str(files.data_home()), text) from error
+        raise ParameterError("PA_DATA", str(top), f"must be a folder that can be written ({error.strerror})") from error
 
 
 def _cached(home: Path, source: Source, size: int | None) -> Catalogue | None:
     """None where the files have changed, there is no cache of this size, or what there is is damaged."""
     try:
         kept = json.loads(_index(home, source, size).read_bytes())
-        entries = [Entry(*row) for row in kept["entries"]]
-        return Catalogue(
-            source.origin, kept["classes"], entries, np.load(_store(home, entries, kept["size"]), mmap_mode="r")
-        )
+        entries, store = [Entry(*row) for row in kept["entries"]], home / kept["store"]
+        return Catalogue(source.origin, kept["classes"], entries, np.load(store, mmap_mode="r"))
     except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
         return None  # numpy raises ValueError for a damaged header and for a file that is too short
 
@@ -120,21 +116,19 @@ def _build(home: Path, source: Source, asked: int | None) -> Catalogue:
                     bar.update()
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, store := _store(home, entries, size))
+        store = home / f"{sha([VERSION, size, [entry.digest for entry in entries]])[:32]}.npy"
+        os.replace(part, store)
     finally:
         part.unlink(missing_ok=True)
     if all(entry.digest for entry in entries):  # else a file could not be read just now, and all are next time
         with files.replacing(index) as temporary:
-            temporary.write_text(json.dumps({"size": size, "classes": classes, "entries": [e[:5] for e in entries]}))
+            kept = {"store": store.name, "classes": classes, "entries": [entry[:5] for entry in entries]}
+            temporary.write_text(json.dumps(kept))
     return Catalogue(source.origin, classes, entries, np.load(store, mmap_mode="r"))
 
 
 def _index(home: Path, source: Source, size: int | None) -> Path:
-    return home / f"{sha([source.name, source.folder, source.state(), size, PIL.__version__])[:32]}.json"
-
-
-def _store(home: Path, entries: list[Entry], size: int) -> Path:
-    return home / f"{sha([VERSION, size, [entry.digest for entry in entries]])[:32]}.npy"
+    return home / f"{sha([source.name, source.state(), size, VERSION, PIL.__version__])[:32]}.json"
 
 
 def sha(content: Any) -> str:
@@ -194,25 +188,20 @@ def one_line(error: BaseException) -> str:
 
 
 def _square(image: Image.Image, size: int) -> np.ndarray:
+    """16-bit grey values are divided by 256; 32-bit ones have no agreed range and are refused."""
     kind = image.format
     image.load()
     try:
         image = ImageOps.exif_transpose(image)  # before the conversion, which may lose the orientation
     except Exception:
         pass  # damaged metadata are common, and the image is as good as one without any
-    # It cuts while it resizes, so that a strip of 1 x 60,000 pixels does not become one of 224 x 13 million.
-    square = ImageOps.fit(_rgb(image, kind), (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(square).transpose(2, 0, 1).copy()
-
-
-def _rgb(image: Image.Image, kind: str | None) -> Image.Image:
-    """Any image as RGB. 16-bit grey values are divided by 256; 32-bit ones have no agreed range and are refused."""
     # A 16-bit PGM (and, with older Pillows, PNG) is opened in mode I, with values from 0 to 65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PPM", "PNG")):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (mode {image.mode}) have no agreed range")
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    elif image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    # It cuts while it resizes, so that a strip of 1 x 60,000 pixels does not become one of 224 x 13 million.
+    square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(square).transpose(2, 0, 1).copy()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import os
 import re
@@ -18,7 +17,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from pa_core import files
-from pa_core.data.decode import Catalogue, Entry, Source, content_digest, one_line
+from pa_core.data.decode import Catalogue, Entry, Source, content_digest, one_line, sha
 from pa_core.errors import ParameterError, did_you_mean
 
 FASHION_MINI = Path(__file__).resolve().parents[1] / "fashion_mini" / "fashion_mini.npz"
@@ -51,7 +50,7 @@ def find(name: str, data_dir: str | None) -> Source:
 @functools.cache  # the same for every run of a process
 def _fashion_mini(name: str, root: Path | None) -> Source:
     if root is not None:
-        text = f"must be none, for {name} comes with the package (set dataset to folder for your own images)"
+        text = f"must be none, for {name} comes with the package; set dataset to folder for your own images"
         raise ParameterError("data_dir", str(root), text)
     entries, images, origin = [], [], ("dataset", name)
     with np.load(FASHION_MINI) as file:
@@ -62,17 +61,25 @@ def _fashion_mini(name: str, root: Path | None) -> Source:
                 entries.append(Entry(f"{part}/{row:05d}", int(label), part, content_digest(image), image=image))
     classes, pixels = torchvision.datasets.FashionMNIST.classes, np.stack(images)[:, None].repeat(3, axis=1)
     opened, ready = (classes, len(entries), entries.__getitem__), Catalogue(origin, classes, entries, pixels)
-    return Source(name, "", origin, state=lambda: "", open=lambda: opened, image_size=28, ready=ready)
+    return Source(name, origin, state=lambda: "", open=lambda: opened, image_size=28, ready=ready)
 
 
 def _folder(name: str, root: Path | None) -> Source:
-    """A folder of class folders: classes sorted, images sorted by id, the path relative to the root. It is only read."""
+    """A folder of class folders, which is only read. Images are sorted by id, their path relative to the root."""
     if root is None:
         raise ParameterError("data_dir", None, "must be the folder that holds the class folders")
-    parts, entries = _parts(root), []
-    classes = _subfolders(parts["train"])
+    entries, folders = [], _subfolders(root)
+    parts = {PARTS[name.lower()]: root / name for name in folders if name.lower() in PARTS}
+    if "train" not in parts or (len(parts) == 1 and len(folders) > 1):
+        parts = {"train": root}  # "train" may well be a class, beside "bus" and "tram"
+    elif len(parts) < len(folders):
+        found = ", ".join(f"{name}/" for name in folders)
+        raise _refusal(
+            root, f"beside train/ it may hold one val/ and one test/ and no other folder, and it holds {found}"
+        )
+    classes = {name: number for number, name in enumerate(_subfolders(parts["train"]))}
     if len(classes) < 2:
-        raise _refusal(root, f"it holds {f'only one class ({classes[0]})' if classes else 'no class'}")
+        raise _refusal(root, f"it holds {f'only one class ({min(classes)})' if classes else 'no class'}")
     for part, top in parts.items():
         if unknown := sorted(set(_subfolders(top)) - set(classes)):
             raise _refusal(root, f"{top.name}/ has classes that train/ lacks: {', '.join(unknown)}")
@@ -81,26 +88,12 @@ def _folder(name: str, root: Path | None) -> Source:
             raise _refusal(root, f"{top.name}/ holds no image")
         for path in images:
             id_ = os.path.relpath(path, root).replace(os.sep, "/")
-            folder = id_.split("/")[top != root]
-            label, stray = classes.index(folder) if folder in classes else -1, "lies in no class folder"
-            entries.append(Entry(id_, label, part, reason=stray if label < 0 else "", image=path))
+            label = classes.get(id_.split("/")[top != root], -1)
+            reason = "lies in no class folder" if label < 0 else ""
+            entries.append(Entry(id_, label, part, reason=reason, image=path))
     entries.sort()
-    state, opened = _stamp(str(entry.image) for entry in entries), (classes, len(entries), entries.__getitem__)
-    return Source(name, os.path.realpath(root), ("data_dir", str(root)), state=lambda: state, open=lambda: opened)
-
-
-def _parts(root: Path) -> dict[str, Path]:
-    """The folder of each part; just ``train``, the folder itself, where it has no parts."""
-    folders = _subfolders(root)
-    parts = {PARTS[name.lower()]: root / name for name in folders if name.lower() in PARTS}
-    if "train" not in parts or (len(parts) == 1 and len(folders) > 1):
-        return {"train": root}  # "train" may well be a class, beside "bus" and "tram"
-    if len(parts) < len(folders):
-        found = ", ".join(f"{name}/" for name in folders)
-        raise _refusal(
-            root, f"beside train/ it may hold one val/ and one test/ and no other folder, and it holds {found}"
-        )
-    return parts
+    state, opened = _stamp(str(entry.image) for entry in entries), (list(classes), len(entries), entries.__getitem__)
+    return Source(name, ("data_dir", str(root)), state=lambda: state, open=lambda: opened)
 
 
 def _refusal(root: Path, found: str) -> ParameterError:
@@ -132,23 +125,15 @@ def _walk(top: Path) -> Iterator[str]:
 
 
 def _stamp(paths: Iterable[str]) -> str:
-    """Changes when one of the files does: SHA-256 (hex) of their paths, sizes and times."""
-    digest = hashlib.sha256()
-    for path in paths:
-        status = os.stat(path, follow_symlinks=os.path.exists(path))  # a link to nowhere is known by itself
-        digest.update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"))
-    return digest.hexdigest()
+    """Changes when one of the files does, by path, size and times; a link to nowhere has its own."""
+    stats = ((path, os.stat(path, follow_symlinks=os.path.exists(path))) for path in paths)
+    return sha([torchvision.__version__, [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats]])
 
 
 def _torchvision(name: str, root: Path | None) -> Source:
     row, top = TORCHVISION[name], root or files.data_home().absolute() / name
     return Source(
-        name,
-        os.path.realpath(top),
-        ("dataset", name),
-        state=lambda: f"{torchvision.__version__} {row} {_stamp(_walk(top))}",
-        open=lambda: _opened(name, top),
-        image_size=row["image_size"],
+        name, ("dataset", name), lambda: f"{row} {_stamp(_walk(top))}", lambda: _opened(name, top), row["image_size"]
     )
 
 
