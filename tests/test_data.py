@@ -172,9 +172,9 @@ def test_folders_named_for_parts_are_the_parts_and_what_lacks_is_split_off(tmp_p
         ({"train/a": 9, "train/b": 9, "val/x": 2, "val/y": 2}, r"val/ has classes that train/ lacks: x, y$"),
         (
             {"train/a": 9, "train/b": 9, "test/a": 2, "extra/a": 2},
-            r"no other folder, and it holds extra/, test/, train/$",
+            r"nothing else, and it holds extra/, test/, train/$",
         ),
-        ({"train/a": 9, "train/b": 9, "val/a": 2, "valid/a": 2}, r"one val/ .*, and it holds train/, val/, valid/$"),
+        ({"train/a": 9, "train/b": 9, "val/a": 2, "valid/a": 2}, r"one val/, .*, and it holds train/, val/, valid/$"),
         ({"train/a": 9, "train/b": 9, "test": 0}, r"test/ holds no image"),
         ({"a": 9}, r"a folder with a subfolder of images .*; it holds only one class \(a\)"),
         ({"train/a": 9, "test/a": 9}, r"it holds only one class \(a\)"),
@@ -275,7 +275,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         return original(path)
 
     monkeypatch.setattr(os, "listdir", denied)
-    with refused(rf"^invalid data_dir='{root}': must be a folder that you may read \({root}/b is not\)"):
+    with refused(rf"^invalid data_dir='{root}': must be readable, and {root}/b is not$"):
         load(root)
 
 
@@ -355,7 +355,7 @@ def test_a_data_home_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     root = make_folder(tmp_path / "d", SIX)
     (tmp_path / "file").touch()
     monkeypatch.setenv("PA_DATA", str(tmp_path / "file" / "home"))
-    with refused(r"^invalid PA_DATA='.*/file/home': must be a folder that can be written \(Not a directory\)$"):
+    with refused(r"^invalid PA_DATA='.*/file/home': must be a writable folder \(Not a directory\)$"):
         load(root)
     data.load(dataset="fashion_mini")  # needs none
 
@@ -372,7 +372,7 @@ def test_a_full_disk_is_said(tmp_path, home):
     load(root, image_size=16)
     (lock,) = home.rglob("*.lock")
     lock.with_suffix(".part").symlink_to("/dev/full")
-    with refused(r"^invalid PA_DATA='.*': .* that can be written \(No space left on device\)"):
+    with refused(r"^invalid PA_DATA='.*': must be a writable folder \(No space left on device\)"):
         load(root)
     assert len(list(home.rglob("*.npy"))) == 1 and not list(home.rglob("*.part"))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,9 +106,9 @@ def identify(**images: Any) -> tuple[str, int]:
     return found.digest, found.pixels.shape[-1]
 
 
-def fits(parts: Iterable[Part], device: torch.device) -> bool:
+def fits(parts: list[Part], device: torch.device) -> bool:
     """Whether the parts' images take at most half of a device's free memory; the rest is for the network."""
-    needed = sum(len(part) * math.prod(part.shape) for part in parts)
+    needed = sum(len(part) * part.store[0].nbytes for part in parts)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return needed <= free / 2
 

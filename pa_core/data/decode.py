@@ -11,9 +11,9 @@ import io
 import json
 import os
 import textwrap
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,13 +65,12 @@ class Source(NamedTuple):
 
 
 def decoded(source: Source, size: int | None) -> Catalogue:
-    """A dataset's images, from the cache or made now. Without a size, S is the source's, or the largest of 32, 64, 96,
-    128 and 224 that is not above the median shorter side. ParameterError where the data home cannot be written or is
-    full, or as ``source.open`` raises it."""
+    """A dataset's images, from the cache or made now; ParameterError where the data home cannot be written or is full,
+    or as ``source.open`` raises it."""
     size = size or source.image_size
     if source.ready and size == source.image_size:
         return source.ready
-    top, home = files.data_home(), files.data_home() / "cache"
+    home = files.data_home() / "cache"
     if found := _cached(home, source, size):
         return found
     try:
@@ -79,7 +78,7 @@ def decoded(source: Source, size: int | None) -> Catalogue:
         with files.lock(home / f"{source.name}.lock", f"waiting for another process that decodes {source.name}"):
             return _cached(home, source, size) or _build(home, source, size)
     except OSError as error:
-        raise ParameterError("PA_DATA", str(top), f"must be a folder that can be written ({error.strerror})") from error
+        raise ParameterError("PA_DATA", str(home.parent), f"must be a writable folder ({error.strerror})") from error
 
 
 def _cached(home: Path, source: Source, size: int | None) -> Catalogue | None:
@@ -102,18 +101,16 @@ def _build(home: Path, source: Source, asked: int | None) -> Catalogue:
         digest, reason, pixels = decode(entry.image, size)
         return entry._replace(digest=digest, reason=entry.reason or reason, image=""), pixels.tobytes()
 
-    # Threads: hashing, decoding and resizing leave Python's lock, and they work in notebooks and scripts alike.
-    bar = tqdm(total=count, desc=f"decoding {source.name}", delay=1, mininterval=2)
+    # Threads: hashing, decoding and resizing leave Python's lock. Chunks: few images wait in memory to be written.
+    chunks = (range(count)[start : start + 256] for start in range(0, count, 256))
     try:
-        with open(part, "wb") as file, ThreadPoolExecutor() as pool, bar, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata, and the like
+        with open(part, "wb") as file, ThreadPoolExecutor() as pool:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)}
             np.lib.format.write_array_header_1_0(file, header)
-            for start in range(0, count, 256):  # so that few images wait in memory to be written
-                for entry, content in pool.map(one, range(start, min(start + 256, count))):
-                    entries.append(entry)
-                    file.write(content)
-                    bar.update()
+            found = (pair for chunk in chunks for pair in pool.map(one, chunk))
+            for entry, content in tqdm(found, f"decoding {source.name}", count, delay=1, mininterval=2):
+                entries.append(entry)
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         store = home / f"{sha([VERSION, size, [entry.digest for entry in entries]])[:32]}.npy"
@@ -137,13 +134,11 @@ def sha(content: Any) -> str:
 
 
 def _fitting(paths: list[str]) -> int:
+    """The default size of ``folder``: the largest of these that is not above the median shorter side."""
     sides = []
     for path in filter(os.path.isfile, paths):
-        try:
-            with Image.open(path) as image:  # reads its first bytes
-                sides.append(min(image.size))
-        except Exception:  # Pillow raises whatever its formats do; that is said when the file is decoded
-            pass
+        with suppress(Exception), Image.open(path) as image:  # what is wrong with it is said when it is decoded
+            sides.append(min(image.size))
     return max(size for size in (32, 64, 96, 128, 224) if size <= max(32, np.median(sides or [0])))
 
 
@@ -191,10 +186,8 @@ def _square(image: Image.Image, size: int) -> np.ndarray:
     """16-bit grey values are divided by 256; 32-bit ones have no agreed range and are refused."""
     kind = image.format
     image.load()
-    try:
+    with suppress(Exception):  # damaged metadata are common, and the image is as good as one without any
         image = ImageOps.exif_transpose(image)  # before the conversion, which may lose the orientation
-    except Exception:
-        pass  # damaged metadata are common, and the image is as good as one without any
     # A 16-bit PGM (and, with older Pillows, PNG) is opened in mode I, with values from 0 to 65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PPM", "PNG")):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

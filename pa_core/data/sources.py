@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -42,9 +41,7 @@ def find(name: str, data_dir: str | None) -> Source:
     try:
         return DATASETS[name](name, root)
     except PermissionError as error:
-        raise ParameterError(
-            "data_dir", data_dir, f"must be a folder that you may read ({error.filename} is not)"
-        ) from error
+        raise ParameterError("data_dir", data_dir, f"must be readable, and {error.filename} is not") from error
 
 
 @functools.cache  # the same for every run of a process
@@ -74,9 +71,7 @@ def _folder(name: str, root: Path | None) -> Source:
         parts = {"train": root}  # "train" may well be a class, beside "bus" and "tram"
     elif len(parts) < len(folders):
         found = ", ".join(f"{name}/" for name in folders)
-        raise _refusal(
-            root, f"beside train/ it may hold one val/ and one test/ and no other folder, and it holds {found}"
-        )
+        raise _refusal(root, f"beside train/ it may hold one val/, one test/ and nothing else, and it holds {found}")
     classes = {name: number for number, name in enumerate(_subfolders(parts["train"]))}
     if len(classes) < 2:
         raise _refusal(root, f"it holds {f'only one class ({min(classes)})' if classes else 'no class'}")
@@ -107,8 +102,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _listed(folder: str) -> list[str]:
     """What a folder holds, sorted, but what is hidden."""
-    hidden = re.compile(r"\.|(thumbs\.db|desktop\.ini|__macosx)$", re.IGNORECASE)
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if not hidden.match(name))
+    return sorted(os.path.join(folder, n) for n in os.listdir(folder) if not n.startswith((".", "__MACOSX")))
 
 
 def _walk(top: Path) -> Iterator[str]:
@@ -124,17 +118,15 @@ def _walk(top: Path) -> Iterator[str]:
                 folders.append(path)
 
 
-def _stamp(paths: Iterable[str]) -> str:
+def _stamp(paths: Iterable[str], row: dict[str, Any] | None = None) -> str:
     """Changes when one of the files does, by path, size and times; a link to nowhere has its own."""
     stats = ((path, os.stat(path, follow_symlinks=os.path.exists(path))) for path in paths)
-    return sha([torchvision.__version__, [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats]])
+    return sha([torchvision.__version__, row, [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats]])
 
 
 def _torchvision(name: str, root: Path | None) -> Source:
-    row, top = TORCHVISION[name], root or files.data_home().absolute() / name
-    return Source(
-        name, ("dataset", name), lambda: f"{row} {_stamp(_walk(top))}", lambda: _opened(name, top), row["image_size"]
-    )
+    row, top, origin = TORCHVISION[name], root or files.data_home().absolute() / name, ("dataset", name)
+    return Source(name, origin, lambda: _stamp(_walk(top), row), lambda: _opened(name, top), row["image_size"])
 
 
 def _opened(name: str, root: Path) -> tuple[list[str], int, Callable[[int], Entry]]:

@@ -18,8 +18,7 @@ def split(
     The validation part is the official one; else fold ``fold`` of ``folds``, stratified and shuffled by ``seed``.
     Copies (same digest) follow the first of them. Training copies of a test or official validation image, and official
     validation copies of a test image, are left out. Of each class's training images ``train_fraction`` stays; smaller
-    shares are part of larger ones. Images that cannot be used are in no part. ParameterError where an official
-    part is empty, a class is too small, or folds are asked for though the validation images are given.
+    shares are part of larger ones. ParameterError where a part or class is too small, or folds are without meaning.
     """
     labels, parts = (np.array(column) for column in list(zip(*images.entries, strict=True))[1:3])
     rows = np.flatnonzero([not entry.reason for entry in images.entries])
