@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -480,6 +481,12 @@ def test_folds_are_those_of_scikit_learn(counts, folds):
             kfold = StratifiedKFold(folds, shuffle=True, random_state=state)
             for fold, (_, rows) in enumerate(kfold.split(y, y)):
                 assert np.array_equal(np.flatnonzero(found == fold), rows)
+
+
+def test_a_split_needs_no_scikit_learn():
+    code = "import sys; from pa_core import data; data.load(dataset='fashion_mini'); print('sklearn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_test_images_are_those_that_scikit_learn_splits_off():

@@ -157,6 +157,8 @@ def decode(source: str | bytes | Image.Image, size: int) -> tuple[str, str, np.n
         return digest, "", _square(image, size)
     except Image.UnidentifiedImageError:  # its own text is the address of a buffer
         return digest, "no image, or of an unknown format", black
+    except MemoryError:  # not the image's fault
+        raise
     except Exception as error:  # Pillow raises whatever its formats do
         return digest, one_line(error), black
 
