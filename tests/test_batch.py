@@ -20,9 +20,9 @@ N, SIZE, CLASSES = 8, 8, 4
 
 def part_of(images: torch.Tensor) -> Part:
     n = len(images)
-    ids, sizes = tuple(f"image {i}" for i in range(n)), torch.full((n, 2), images.shape[-1])
+    ids = tuple(f"image {i}" for i in range(n))
     store, rows = images.numpy(), np.arange(n)
-    return Part(name="train", ids=ids, labels=torch.arange(n) % CLASSES, sizes=sizes, store=store, rows=rows)
+    return Part(name="train", ids=ids, labels=torch.arange(n) % CLASSES, store=store, rows=rows)
 
 
 def some_images(n: int = N, size: int = SIZE) -> torch.Tensor:

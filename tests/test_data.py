@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.model_selection import StratifiedKFold, train_test_split
 from small_sets import encoded, everything, noise, refused
 
 from pa_core import data, files
-from pa_core.data import cache, decode, sources, splits
+from pa_core.data import decode, sources, splits
 
 ROOT = Path(__file__).resolve().parents[1]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -141,7 +143,6 @@ def test_a_folder_is_loaded_sorted_with_relative_ids(tmp_path):
         assert [dataset.classes[i] for i in part.labels] == [name[0] for name in part.ids]
     for name, image in images.items():
         assert np.array_equal(image.numpy(), np.asarray(Image.open(root / name)).transpose(2, 0, 1))
-    assert dataset.test.sizes.tolist() == [[16, 16]] * 6
 
 
 @pytest.mark.parametrize(
@@ -170,14 +171,17 @@ def test_folders_named_for_parts_are_the_parts_and_what_lacks_is_split_off(tmp_p
     [
         ({"train/a": 9, "train/b": 9, "test/a": 2, "test/c": 2}, r"test/ has classes that train/ lacks: c$"),
         ({"train/a": 9, "train/b": 9, "val/x": 2, "val/y": 2}, r"val/ has classes that train/ lacks: x, y$"),
-        ({"train/a": 9, "train/b": 9, "test/a": 2, "extra/a": 2}, r"test/, train/ stand beside .*\(extra/\)"),
-        ({"train/a": 9, "train/b": 9, "val/a": 2, "valid/a": 2}, r"two of train/, val/, valid/ are for the same"),
+        (
+            {"train/a": 9, "train/b": 9, "test/a": 2, "extra/a": 2},
+            r"nothing else, and it holds extra/, test/, train/$",
+        ),
+        ({"train/a": 9, "train/b": 9, "val/a": 2, "valid/a": 2}, r"one val/, .*, and it holds train/, val/, valid/$"),
         ({"train/a": 9, "train/b": 9, "test": 0}, r"test/ holds no image"),
         ({"a": 9}, r"a folder with a subfolder of images .*; it holds only one class \(a\)"),
         ({"train/a": 9, "test/a": 9}, r"it holds only one class \(a\)"),
         ({".": 9}, r"it holds no class"),
         ({"train": 9}, r"it holds no class"),
-        ({"a": 9, "b": 0}, r"1 of 2 are too small: b has 0$"),
+        ({"a": 9, "b": 0}, r"1 of 2 have less: b has 0$"),
     ],
 )
 def test_layouts_that_mean_nothing_are_refused(tmp_path, counts, message):
@@ -218,7 +222,7 @@ def spoil(root: Path) -> dict[str, str]:
     os.mkfifo(root / "b" / "pipe.png")
     noise(98).save(root / "outside.png")
     return {
-        "a/empty.png": "an empty file",
+        "a/empty.png": "no image, or of an unknown format",
         "a/text.jpg": "no image, or of an unknown format",
         "b/float.tiff": "32-bit pixels (mode F) have no agreed range",
         "b/half.jpg": "image file is truncated",
@@ -232,12 +236,14 @@ def spoil(root: Path) -> dict[str, str]:
 def test_broken_images_are_refused_by_name_or_skipped_and_listed(tmp_path, decodes):
     root = make_folder(tmp_path / "d", {"a": 8, "b": 8})
     good, reasons = load(root), spoil(root)
-    named = r"must hold no broken image \(a/empty.png \(an empty file\), .* and 3 more\); .* set bad_images to skip$"
+    named = (
+        r"no broken image \(found 8; the first: a/empty.png \(no image, .* b/half.png \(.*; .* set bad_images to skip$"
+    )
     for _ in range(2):  # the second time from the cache
         with refused(named):
             load(root)
     skipped = load(root, bad_images="skip")
-    assert len(decodes) == 16 + 23
+    assert len(decodes) == 16 + 24
     assert [line.split(": ")[0] for line in skipped.skipped] == list(reasons)
     for line, reason in zip(skipped.skipped, reasons.values(), strict=True):
         assert line.split(": ", 1)[1].startswith(reason)
@@ -247,37 +253,37 @@ def test_broken_images_are_refused_by_name_or_skipped_and_listed(tmp_path, decod
 
 
 def test_a_file_that_could_not_be_read_just_now_is_read_again(tmp_path, monkeypatch):
-    root, original = make_folder(tmp_path / "d", {"a": 7, "b": 7}), decode._read
+    root, original = make_folder(tmp_path / "d", {"a": 7, "b": 7}), Path.read_bytes
 
     def denied(path):
-        if path.endswith("a/000.png"):
+        if str(path).endswith("a/000.png"):
             raise PermissionError(13, "Permission denied")
         return original(path)
 
-    monkeypatch.setattr(decode, "_read", denied)
+    monkeypatch.setattr(Path, "read_bytes", denied)
     assert load(root, bad_images="skip").skipped == ("a/000.png: [Errno 13] Permission denied",)
-    monkeypatch.setattr(decode, "_read", original)
+    monkeypatch.setattr(Path, "read_bytes", original)
     assert "a/000.png" in ids(load(root))
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     root = make_folder(tmp_path / "d", SIX)
-    original = os.scandir
+    original = os.listdir
 
     def denied(path):
         if str(path).endswith("b"):
             raise PermissionError(13, "Permission denied", str(path))
         return original(path)
 
-    monkeypatch.setattr(os, "scandir", denied)
-    with refused(rf"^invalid data_dir='{root}': must be a folder that you may read \({root}/b is not\)"):
+    monkeypatch.setattr(os, "listdir", denied)
+    with refused(rf"^invalid data_dir='{root}': must be readable, and {root}/b is not$"):
         load(root)
 
 
 def test_what_is_left_once_files_are_skipped_must_suffice(tmp_path):
     root = make_folder(tmp_path / "d", SIX)
     (root / "b" / "000.png").write_bytes(HALF_PNG)
-    with refused(r"at least 6 different training images of each class for folds = 5 and a fifth as t.* b has 5$"):
+    with refused(r"at least 6 different training images of each class with folds = 5, and 1 of 2 have less: b has 5$"):
         load(root, bad_images="skip")
     root = make_folder(tmp_path / "e", {"train/a": 9, "train/b": 9, "test": 2})
     with refused(r"test/000.png \(lies in no class folder\)"):
@@ -314,7 +320,7 @@ def test_the_default_size_fits_the_median_shorter_side(tmp_path, sides, size):
         ({"dataset": "folder", "data_dir": "no/where"}, r"data_dir='no/where': must be a folder that exists"),
         ({"dataset": "folder", "data_dir": __file__}, r"data_dir='.*test_data.py': must be a folder that exists"),
         ({"dataset": "cifar10", "data_dir": "no/where"}, r"data_dir='no/where': must be a folder that exists"),
-        ({"data_dir": str(ROOT)}, r"data_dir='.*': must be none, .* comes with the package \(set dataset to folder"),
+        ({"data_dir": str(ROOT)}, r"data_dir='.*': must be none, .* comes with the package; set dataset to folder"),
         ({"folds": 401}, r"dataset='fashion_mini': must have at least 401 different"),
     ],
 )
@@ -350,7 +356,7 @@ def test_a_data_home_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     root = make_folder(tmp_path / "d", SIX)
     (tmp_path / "file").touch()
     monkeypatch.setenv("PA_DATA", str(tmp_path / "file" / "home"))
-    with refused(r"^invalid PA_DATA='.*/file/home': must be a folder .* that can be written \(Not a directory\)$"):
+    with refused(r"^invalid PA_DATA='.*/file/home': must be a writable folder \(Not a directory\)$"):
         load(root)
     data.load(dataset="fashion_mini")  # needs none
 
@@ -367,7 +373,7 @@ def test_a_full_disk_is_said(tmp_path, home):
     load(root, image_size=16)
     (lock,) = home.rglob("*.lock")
     lock.with_suffix(".part").symlink_to("/dev/full")
-    with refused(r"^invalid PA_DATA='.*': .* that can be written \(No space left on device\)"):
+    with refused(r"^invalid PA_DATA='.*': must be a writable folder \(No space left on device\)"):
         load(root)
     assert len(list(home.rglob("*.npy"))) == 1 and not list(home.rglob("*.part"))
 
@@ -450,7 +456,7 @@ def test_a_copy_of_a_test_or_validation_image_is_dropped_where_the_parts_are_giv
 def test_a_class_needs_an_image_in_every_fold_after_the_test_images(tmp_path, folds, needed):
     root = make_folder(tmp_path / "d", {"a": needed, "b": needed - 1, "c": 1, "d": needed + 4})
     shutil.copy(root / "b" / "000.png", root / "b" / "copy.png")  # makes the class no larger
-    found = rf"at least {needed} different .*folds = {folds} and a fifth.* 2 of 4 .*: b has {needed - 1}, c has 1$"
+    found = rf"at least {needed} different .*folds = {folds}, and 2 of 4 have less: b has {needed - 1}, c has 1$"
     with refused(found):
         load(root, folds=folds)
     shutil.rmtree(root / "b")
@@ -461,7 +467,34 @@ def test_a_class_needs_an_image_in_every_fold_after_the_test_images(tmp_path, fo
 
 
 def test_a_fifth_is_rounded_as_computed_by_hand():
-    assert [splits.fifth(n) for n in (1, 2, 5, 7, 8, 12, 13, 100)] == [1, 1, 1, 1, 2, 2, 3, 20]
+    fifths = [len(splits.drawn(np.arange(n), np.zeros(n), 0.2, 0)) for n in (1, 2, 5, 7, 8, 12, 13, 100)]
+    assert fifths == [1, 1, 1, 1, 2, 2, 3, 20]
+
+
+@pytest.mark.parametrize("counts", [[37], [50, 50], [37, 61, 200], [40, 300, 41, 38], [53] * 20, [499, *[37] * 10]])
+@pytest.mark.parametrize("folds", [2, 3, 5, 10, 37])
+def test_folds_are_those_of_scikit_learn(counts, folds):
+    for state in (0, 1, 1234, 2**32 - 1):
+        labels = 3 * np.repeat(np.arange(len(counts)), counts)
+        for y in (labels, labels[::-1], np.random.RandomState(state).permutation(labels)):
+            found = splits.stratified_folds(y, folds, state)
+            kfold = StratifiedKFold(folds, shuffle=True, random_state=state)
+            for fold, (_, rows) in enumerate(kfold.split(y, y)):
+                assert np.array_equal(np.flatnonzero(found == fold), rows)
+
+
+def test_a_split_needs_no_scikit_learn():
+    code = "import sys; from pa_core import data; data.load(dataset='fashion_mini'); print('sklearn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_test_images_are_those_that_scikit_learn_splits_off():
+    random = np.random.default_rng(0)
+    for n in (2, 3, 7, 8, 12, 13, 100, 999):
+        rows = random.permutation(5000)[:n]
+        expected = train_test_split(rows, test_size=max(1, (2 * n + 5) // 10), random_state=0)[1]
+        assert np.array_equal(splits.drawn(rows, np.zeros(5000), 0.2, 0), np.sort(expected))
 
 
 def test_the_digest_is_of_content_and_names_and_of_nothing_else(tmp_path):
@@ -561,7 +594,7 @@ def test_images_are_found_by_content(tmp_path, home):
 def test_a_cache_that_does_not_fit_is_built_again(tmp_path, home, damage, monkeypatch):
     root = make_folder(tmp_path / "d", SIX)
     first = everything(load(root))
-    (path,), (index,) = home.glob("cache/*.npy"), home.glob("cache/index/*.json")
+    (path,), (index,) = home.glob("cache/*.npy"), home.glob("cache/*.json")
     content = path.read_bytes()
     if damage == "gone":
         path.unlink()
@@ -602,7 +635,7 @@ def test_a_killed_build_and_two_builders_at_once(tmp_path, home, monkeypatch):
     for i in range(1000):  # they take a while to decode, and differ in their last bytes
         (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         (root / "ab"[i % 2] / f"{i:04d}.jpg").write_bytes(content + b"%d" % i)
-    original = cache._build
+    original = decode._build
 
     def watched(*arguments):
         with open(tmp_path / "builds", "a") as file:
@@ -614,7 +647,7 @@ def test_a_killed_build_and_two_builders_at_once(tmp_path, home, monkeypatch):
         images = b"".join(image.numpy().tobytes() for image in everything(load(root, image_size=32)).values())
         (tmp_path / f"seen {os.getpid()}").write_text(hashlib.sha256(images).hexdigest())
 
-    monkeypatch.setattr(cache, "_build", watched)
+    monkeypatch.setattr(decode, "_build", watched)
     deadline = time.monotonic() + 60
     victim = fork(build)
     while not any(part.stat().st_size > 100_000 for part in home.rglob("*.part")):  # pixels are being written
@@ -636,9 +669,9 @@ def test_a_killed_build_and_two_builders_at_once(tmp_path, home, monkeypatch):
 def test_who_waits_for_another_builder_says_so_and_takes_what_it_made(tmp_path, home, monkeypatch, capsys):
     root = make_folder(tmp_path / "d", SIX)
     first = load(root)
-    (path,), (lock,) = home.glob("cache/*.npy"), home.glob("cache/index/*.lock")
+    (path,), (lock,) = home.glob("cache/*.npy"), home.glob("cache/*.lock")
     path.rename(tmp_path / "made by another.npy")
-    monkeypatch.setattr(cache, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(decode, "_build", lambda *_: pytest.fail("built again"))
     digests = []
     with files.lock(lock, "never said"):
         waiting = threading.Thread(target=lambda: digests.append(load(root).digest))

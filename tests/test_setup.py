@@ -25,7 +25,7 @@ CHAIN = (
     "train proxy protocol experiment lab"
 ).split()
 PACKAGES = {
-    "data": "decode cache sources splits dataset".split(),
+    "data": "decode sources splits dataset".split(),
     "attribution": "base cams pixels transformers controls methods".split(),
     "lab": "statistics results figures explore notebooks workers sweep study".split(),
 }

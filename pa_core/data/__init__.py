@@ -1,10 +1,7 @@
-"""Datasets: names, splits by image id, images decoded once.
-
-A module imports only those before it: decode -> cache -> sources -> splits -> dataset.
-"""
+"""Datasets: names, splits by image id, images decoded once. A module imports only those before it, see dataset.py."""
 
 from pa_core.data.dataset import Dataset, Part, fits, identify, load, send
-from pa_core.data.decode import UNREADABLE, read_image
-from pa_core.data.sources import DATASETS, names
+from pa_core.data.decode import read_image
+from pa_core.data.sources import names
 
-__all__ = ["DATASETS", "UNREADABLE", "Dataset", "Part", "fits", "identify", "load", "names", "read_image", "send"]
+__all__ = ["Dataset", "Part", "fits", "identify", "load", "names", "read_image", "send"]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
-from pa_core.data import cache, sources, splits
+from pa_core.data import sources, splits
+from pa_core.data.decode import Catalogue, decoded, sha
 from pa_core.errors import ParameterError
-
-SHOWN = 5  # broken images that a refusal names
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -24,7 +22,6 @@ class Part:
     name: str  # train, val or test
     ids: tuple[str, ...]  # unique, the same wherever the images lie
     labels: Tensor  # int64 [N]
-    sizes: Tensor  # int64 [N, 2], height and width of the original images
     store: np.ndarray  # uint8 [M, 3, S, S], read-only, of the whole dataset; use read()
     rows: np.ndarray  # int64 [N], where this part's images are in the store
     images: Tensor | None = None  # uint8 [N, 3, S, S] on a device, see on()
@@ -80,55 +77,38 @@ class Dataset:
     dropped: tuple[str, ...] = ()  # ids left out of train or an official val as copies of test (or val) images
 
 
-def load(
-    *,
-    dataset: str,
-    data_dir: str | None = None,
-    bad_images: str = "refuse",
-    image_size: int | None = None,
-    train_fraction: float = 1.0,
-    folds: int = 5,
-    fold: int = 0,
-    seed: int = 0,
-) -> Dataset:
-    """A dataset as ``Experiment`` describes it, downloaded, decoded and split as far as that was not done before.
-
-    The default size of ``folder`` is the largest of 32, 64, 96, 128 and 224 that is not above the median shorter side.
-    ParameterError where there is no such dataset, or the images do not allow what is asked.
-    """
-    source, found, pixels = _find(dataset, data_dir, bad_images, image_size)
-    rows, dropped = splits.split(
-        found, origin=source.origin, folds=folds, fold=fold, seed=seed, train_fraction=train_fraction
-    )
-    labels, sizes = torch.tensor(found.labels), torch.tensor(found.sizes)
-    ids = {name: tuple(found.ids[row] for row in at.tolist()) for name, at in rows.items()}
-    parts = {
-        name: Part(name=name, ids=ids[name], labels=labels[at], sizes=sizes[at], store=pixels, rows=at)
-        for name, at in rows.items()
-    }
+def load(*, train_fraction: float = 1.0, folds: int = 5, fold: int = 0, seed: int = 0, **images: Any) -> Dataset:
+    """A dataset as ``Experiment`` describes it, downloaded, decoded and split as far as that was not done before; its
+    ``images`` as :func:`identify` takes them. ParameterError where there is no such dataset, or the images do not allow
+    what is asked."""
+    found = _find(**images)
+    rows, dropped = splits.split(found, folds=folds, fold=fold, seed=seed, train_fraction=train_fraction)
+    labels, parts = torch.tensor([entry.label for entry in found.entries]), {}
+    for name, at in rows.items():
+        ids = tuple(found.entries[row].id for row in at.tolist())
+        parts[name] = Part(name=name, ids=ids, labels=labels[at], store=found.pixels, rows=at)
     return Dataset(
-        name=dataset,
+        name=images["dataset"],
         classes=tuple(found.classes),
-        image_size=pixels.shape[-1],
-        digest=_digest(found),
-        split_digest=cache.sha(list(ids.items())),
-        skipped=tuple(f"{name}: {reason}" for name, reason in zip(found.ids, found.reasons, strict=True) if reason),
-        dropped=tuple(found.ids[row] for row in dropped.tolist()),
+        image_size=found.pixels.shape[-1],
+        digest=found.digest,
+        split_digest=sha([(name, part.ids) for name, part in parts.items()]),
+        skipped=tuple(f"{entry.id}: {entry.reason}" for entry in found.entries if entry.reason),
+        dropped=tuple(found.entries[row].id for row in dropped.tolist()),
         **parts,
     )
 
 
-def identify(
-    *, dataset: str, data_dir: str | None = None, bad_images: str = "refuse", image_size: int | None = None
-) -> tuple[str, int]:
-    """A dataset's digest and its image size, as :func:`load` has them. No image is decoded if all are in the cache."""
-    _, found, pixels = _find(dataset, data_dir, bad_images, image_size)
-    return _digest(found), pixels.shape[-1]
+def identify(**images: Any) -> tuple[str, int]:
+    """A dataset's digest and its image size, as :func:`load` has them, by its name, ``data_dir``, ``bad_images`` and
+    ``image_size``. No image is decoded if all are in the cache."""
+    found = _find(**images)
+    return found.digest, found.pixels.shape[-1]
 
 
-def fits(parts: Iterable[Part], device: torch.device) -> bool:
+def fits(parts: list[Part], device: torch.device) -> bool:
     """Whether the parts' images take at most half of a device's free memory; the rest is for the network."""
-    needed = sum(len(part) * math.prod(part.shape) for part in parts)
+    needed = sum(len(part) * part.store[0].nbytes for part in parts)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return needed <= free / 2
 
@@ -141,20 +121,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _find(
-    dataset: str, data_dir: str | None, bad_images: str, image_size: int | None
-) -> tuple[cache.Source, cache.Catalogue, np.ndarray]:
-    """A dataset, what is known of its images, and uint8 [N, 3, S, S]."""
-    source = sources.find(dataset, data_dir)
-    size = image_size or source.image_size
-    found, pixels = source.ready if source.ready and size == source.image_size else cache.decoded(source, size)
-    bad = [f"{name} ({reason})" for name, reason in zip(found.ids, found.reasons, strict=True) if reason]
+    dataset: str, data_dir: str | None = None, bad_images: str = "refuse", image_size: int | None = None
+) -> Catalogue:
+    found = decoded(sources.find(dataset, data_dir), image_size)
+    bad = [f"{entry.id} ({entry.reason})" for entry in found.entries if entry.reason]
     if bad and bad_images == "refuse":
-        named = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
-        text = f"must hold no broken image ({named}); repair or remove what is named, or set bad_images to skip"
-        raise ParameterError(*source.origin, text)
-    return source, found, pixels
-
-
-def _digest(found: cache.Catalogue) -> str:
-    columns = zip(found.ids, found.labels, found.parts, found.digests, found.reasons, strict=True)
-    return cache.sha([found.classes, [image for *image, reason in columns if not reason]])
+        text = f"must hold no broken image (found {len(bad)}; the first: {', '.join(bad[:5])})"
+        raise ParameterError(*found.origin, f"{text}; repair or remove what is named, or set bad_images to skip")
+    return found

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
-from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from pa_core.data.cache import Catalogue
+from pa_core.data.decode import Catalogue
 from pa_core.errors import ParameterError
 from pa_core.params import derived_seed
 
 
 def split(
-    images: Catalogue, *, origin: tuple[str, Any], folds: int, fold: int, seed: int, train_fraction: float
+    images: Catalogue, *, folds: int, fold: int, seed: int, train_fraction: float
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Rows (int64, ascending) of ``train``, ``val`` and ``test``, and of those that were dropped as copies.
 
@@ -22,58 +18,56 @@ def split(
     The validation part is the official one; else fold ``fold`` of ``folds``, stratified and shuffled by ``seed``.
     Copies (same digest) follow the first of them. Training copies of a test or official validation image, and official
     validation copies of a test image, are left out. Of each class's training images ``train_fraction`` stays; smaller
-    shares are part of larger ones. Images that cannot be used are in no part. ParameterError where an official
-    part is empty, a class is too small, or folds are asked for though the validation images are given.
+    shares are part of larger ones. ParameterError where a part or class is too small, or folds are without meaning.
     """
-    labels, parts, classes = np.array(images.labels), np.array(images.parts), range(len(images.classes))
-    rows = np.flatnonzero([not reason for reason in images.reasons])
-    by_part = {part: rows[parts[rows] == part] for part in ("train", "val", "test")}
-    given = set(parts)
-    for part in given:
-        if not len(by_part[part]):
-            raise ParameterError(*origin, f"must have an image that can be used in its {part} part")
+    labels, parts = (np.array(column) for column in list(zip(*images.entries, strict=True))[1:3])
+    rows = np.flatnonzero([not entry.reason for entry in images.entries])
+    content = np.unique([entry.digest for entry in images.entries], return_inverse=True)[1]
+    given = set(parts.tolist())
+    if empty := given - set(parts[rows].tolist()):
+        raise ParameterError(*images.origin, f"must have an image that can be used in its {min(empty)} part")
     for name, value, default in (("folds", folds, 5), ("fold", fold, 0)):
         if "val" in given and value != default:
             raise ParameterError(name, value, f"must be {default}, for the dataset has its own validation images")
-    content = np.unique(images.digests, return_inverse=True)[1]
-    train, val, test = by_part.values()
+    train, val, test = (rows[parts[rows] == part] for part in ("train", "val", "test"))
+    train = train[~np.isin(content[train], content[np.concatenate([test, val])])]
     val = val[~np.isin(content[val], content[test])]
-    train = train[~np.isin(content[train], content[np.concatenate([test, by_part["val"]])])]
     dropped = np.setdiff1d(rows, np.concatenate([train, val, test]))
     firsts = train[np.sort(np.unique(content[train], return_index=True)[1])]  # the first of each content
-    _check_counts(labels[firsts], images.classes, origin, given, folds)
+    needed = 1 if "val" in given else folds
     if "test" not in given:
-        # The same for every seed, or another run would train on test images; each class by itself.
-        members = [firsts[labels[firsts] == label] for label in classes]
-        chosen = np.concatenate([train_test_split(m, test_size=fifth(len(m)), random_state=0)[1] for m in members])
+        needed = next(n for n in range(2, 2 * needed + 2) if n - max(1, round(n / 5)) >= needed)
+    counts = np.bincount(labels[firsts], minlength=len(images.classes))
+    if small := [f"{name} has {n}" for name, n in zip(images.classes, counts, strict=True) if n < needed]:
+        text = f"must have at least {needed} different training images of each class with folds = {folds}"
+        raise ParameterError(*images.origin, f"{text}, and {len(small)} of {len(counts)} have less: {', '.join(small)}")
+    if "test" not in given:
+        chosen = drawn(firsts, labels, 0.2, 0)  # the same for every seed, or another run would train on test images
         test = train[np.isin(content[train], content[chosen])]
         train, firsts = np.setdiff1d(train, test), np.setdiff1d(firsts, chosen)
     if "val" not in given:
-        kfold = StratifiedKFold(folds, shuffle=True, random_state=derived_seed(seed, "split", "folds") % 2**32)
-        chosen = firsts[list(kfold.split(firsts, labels[firsts]))[fold][1]]
+        state = derived_seed(seed, "split", "folds") % 2**32
+        chosen = firsts[stratified_folds(labels[firsts], folds, state) == fold]
         val = train[np.isin(content[train], content[chosen])]
         train = np.setdiff1d(train, val)
-    state = derived_seed(seed, "split", "train_fraction", fold) % 2**32
-    shuffled = [np.random.RandomState(state).permutation(train[labels[train] == label]) for label in classes]
-    train = np.concatenate([some[: max(1, int(train_fraction * len(some) + 0.5))] for some in shuffled])
-    return {"train": np.sort(train), "val": val, "test": test}, dropped
+    train = drawn(train, labels, train_fraction, derived_seed(seed, "split", "train_fraction", fold) % 2**32)
+    return {"train": train, "val": val, "test": test}, dropped
 
 
-def fifth(n: int) -> int:
-    """A fifth of n images: rounded, at least one."""
-    return max(1, (2 * n + 5) // 10)
+def drawn(rows: np.ndarray, labels: np.ndarray, fraction: float, state: int) -> np.ndarray:
+    """A fraction of each class's rows: rounded, at least one, ascending; what is drawn of a class is its own affair."""
+    members = [rows[labels[rows] == label] for label in np.unique(labels[rows])]
+    shuffled = [np.random.RandomState(state).permutation(some) for some in members]
+    return np.sort(np.concatenate([some[: max(1, int(fraction * len(some) + 0.5))] for some in shuffled]))
 
 
-def _check_counts(
-    labels: np.ndarray, classes: Sequence[str], origin: tuple[str, Any], given: set[str], folds: int
-) -> None:
-    """Each class needs an image in each fold, after the fifth for the test."""
-    needed, why = (1, []) if "val" in given else (folds, [f"folds = {folds}"])
-    if "test" not in given:
-        needed = next(n for n in range(2, 2 * needed + 2) if n - fifth(n) >= needed)
-        why.append("a fifth as test images")
-    counts = np.bincount(labels, minlength=len(classes))
-    if small := [f"{name} has {count}" for name, count in zip(classes, counts, strict=True) if count < needed]:
-        text = f"must have at least {needed} different training images of each class{' for ' * bool(why)}"
-        text = f"{text}{' and '.join(why)}, and {len(small)} of {len(classes)} are too small: {', '.join(small)}"
-        raise ParameterError(*origin, text)
+def stratified_folds(labels: np.ndarray, folds: int, state: int) -> np.ndarray:
+    """The fold of each of n images, int64 [n], as scikit-learn's StratifiedKFold shuffles them, which takes a second to
+    import: the classes, in the order of their first images, are dealt to the folds in turn; each is then shuffled."""
+    random, found, start = np.random.RandomState(state), np.empty(len(labels), np.int64), 0
+    for label in dict.fromkeys(labels.tolist()):
+        members = labels == label
+        dealt = np.sort(np.arange(start, start + members.sum()) % folds)
+        random.shuffle(dealt)
+        found[members], start = dealt, start + len(dealt)
+    return found

@@ -152,7 +152,7 @@ def _read(images: Images, size: int, count: int) -> tuple[list[str], Tensor]:
         if len(found) < count and file.is_file():
             try:
                 found[str(file.relative_to(path if path.is_dir() else path.parent))] = data.read_image(file, size)
-            except data.UNREADABLE:
+            except ValueError:
                 continue  # a folder may hold other things, too
     if not found:
         raise ParameterError("images", str(images), "must be an image, or a folder with images")

@@ -41,12 +41,11 @@ def part(path: Path) -> Part:
 
 def over(pixels: np.ndarray) -> Part:
     """A training part over uint8 [n, 3, size, size]."""
-    n, size = len(pixels), pixels.shape[-1]
+    n = len(pixels)
     return Part(
         name="train",
         ids=tuple(map(str, range(n))),
         labels=torch.arange(n) % CLASSES,
-        sizes=torch.full((n, 2), size),
         store=np.asarray(pixels),
         rows=np.arange(n),
     )
