@@ -6,7 +6,8 @@ import copy
 import os
 import timeit
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,23 +48,20 @@ def numerics(experiment: Experiment, *, threads: int | None = None) -> Iterator[
     ``tf32``: float32 products on CUDA in TF32 (10 bits of mantissa). ``deterministic``: only operations that give the
     same bits again (PyTorch's notes on reproducibility). ``threads``: how many a run began with: sums depend on it.
     """
-    backends: Any = torch.backends
-    matmul, cudnn, strict = backends.cuda.matmul, backends.cudnn, experiment.deterministic
-
-    def put(products: bool, convolutions: bool, benchmark: bool, deterministic: bool, threads: int) -> None:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = products, convolutions, benchmark
-        torch.use_deterministic_algorithms(deterministic)
-        torch.set_num_threads(threads)
-
-    found = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, *found
-    if strict:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-    put(experiment.tf32, experiment.tf32, cudnn.benchmark and not strict, strict or found[0], threads or found[1])
-    try:
+    cudnn: Any = torch.backends.cudnn
+    flags = [(torch.backends.cuda.matmul, "allow_tf32", experiment.tf32), (cudnn, "allow_tf32", experiment.tf32)]
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads or torch.get_num_threads())
+        if experiment.deterministic:
+            flags.append((cudnn, "benchmark", False))
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+            stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            torch.use_deterministic_algorithms(True)
+        for place, name, value in flags:
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
         yield
-    finally:
-        put(*before)
 
 
 def auto_batch_size(model: nn.Module, *, image_size: int, n: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -72,35 +70,30 @@ def auto_batch_size(model: nn.Module, *, image_size: int, n: int, device: torch.
     On CUDA the largest whose training step leaves a tenth of the memory free, with all that lies there already; on a
     CPU the one of 32 to 256 with the highest throughput. At least 8 steps remain in an epoch.
     """
-    cuda, best, best_rate = device.type == "cuda", min(32, n), 0.0
+    cuda, best, rate = device.type == "cuda", min(32, n), 0.0
     with torch.random.fork_rng(devices=[device] if cuda else []):
         trial = copy.deepcopy(model).to(device).to(memory_format=memory_format(device)).train()
+        optimizer = torch.optim.AdamW(trial.parameters(), fused=True)
         for size in [2**k for k in range(5, 13 if cuda else 9) if 8 * 2**k <= n]:
-            try:
-                rate = _throughput(trial, size, image_size=image_size, device=device, dtype=dtype)
+            images = to_pixels(torch.zeros(size, 3, image_size, image_size, dtype=torch.uint8, device=device))
+            try:  # the first of the steps warms up
+                seconds = min(timeit.repeat(partial(_step, trial, optimizer, images, dtype), number=1, repeat=4))
             except torch.cuda.OutOfMemoryError:
                 break
             free, total = torch.cuda.mem_get_info(device) if cuda else (1, 1)  # PyTorch keeps what a step took at most
             if free < 0.1 * total:
                 break
-            if cuda or rate > 1.05 * best_rate:  # on a CPU a larger batch must earn it
-                best, best_rate = size, rate
-    del trial
+            if cuda or size / seconds > 1.05 * rate:  # on a CPU a larger batch must earn it
+                best, rate = size, size / seconds
+    del trial, optimizer
     torch.cuda.empty_cache()
     return best
 
 
-def _throughput(model: nn.Module, size: int, *, image_size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Images per second of a training step, the best of four."""
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    images = to_pixels(torch.randint(0, 256, (size, 3, image_size, image_size), dtype=torch.uint8, device=device))
-
-    def step() -> None:
-        with autocast(device, dtype):
-            loss = model(images).float().logsumexp(1).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # waits for the device
-
-    return size / min(timeit.repeat(step, number=1, repeat=4))
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, dtype: torch.dtype) -> None:
+    with autocast(images.device, dtype):
+        loss = model(images).float().logsumexp(1).mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss.item()  # waits for the device

@@ -11,7 +11,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,17 +57,13 @@ class Classifier(nn.Module):
         mean, std = (torch.tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
         self.mean, self.std = nn.Buffer(mean, persistent=False), nn.Buffer(std, persistent=False)
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """[N, 3, S, S] in [0, 1] -> what the network was trained on."""
-        return (images - self.mean) / self.std
-
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, S, S] in [0, 1], float -> logits [N, classes]."""
-        return self.network(self.normalise(images))
+        return self.network((images - self.mean) / self.std)
 
     def forward_cam(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 3, S, S] in [0, 1] -> (the CAM layer's output, a leaf that requires grad; logits [N, classes])."""
-        return _cut(self.network, self.cam.layer, self.normalise(images))
+        return _cut(self.network, self.cam.layer, (images - self.mean) / self.std)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest keeps of the model."""
@@ -77,22 +73,20 @@ class Classifier(nn.Module):
 
 def check_name(name: str) -> None:
     """Refuse a name that timm does not know (ParameterError), before anything is loaded."""
-    known, allowed, base = timm.list_models(), "must be a name of timm.list_models()", name.partition(".")[0]
-    if timm.is_model(base):
-        known = [base, *timm.list_pretrained(f"{base}.*")]
-        allowed = f"must be one of {', '.join(known)}"
+    base = name.partition(".")[0]
+    known = [base, *timm.list_pretrained(f"{base}.*")] if timm.is_model(base) else timm.list_models()
     if name not in known:
+        allowed = f"must be one of {', '.join(known)}" if base in known else "must be a name of timm.list_models()"
         raise ParameterError("model", name, f"{allowed}{did_you_mean(name, known)}")
 
 
 def create(
     name: str, *, classes: int, image_size: int, pretrained: bool | str = False, cam_layer: str | None = None, seed=0
 ) -> Classifier:
-    """Build a classifier in float32 on the CPU, in eval mode; the global RNG is left as found.
+    """Build a classifier in float32 on the CPU, in eval mode; the global RNG is left as found, ``seed`` initialises.
 
-    Any timm name; ``seed`` is that of the initialisation. ``pretrained`` loads timm's own weights (True) or a file
-    (.safetensors, or .pth/.pt without executing pickled code); a head of another number of classes stays fresh.
-    ``cam_layer`` names a module instead of the model's own CAM layer.
+    Any timm name. ``pretrained`` loads timm's own weights (True) or a file (.safetensors, or .pth/.pt without executing
+    pickled code); a head of another number of classes stays fresh. ``cam_layer``: a module, instead of the model's own.
     ParameterError: an unknown name or CAM layer; weights or an image size that do not suit the network.
     """
     check_name(name)
@@ -102,21 +96,27 @@ def create(
         try:
             return timm.create_model(name, pretrained=pretrained is True, num_classes=classes, **options).eval()
         except (OSError, RuntimeError) as error:  # no connection; or a model for which timm has no weights
+            if pretrained is not True:
+                raise
             why = f"timm's weights for {name} could not be fetched ({_reason(error)})"
             allowed = f"must be false or a file, as in -p pretrained FILE.safetensors: {why}"
             raise ParameterError("pretrained", pretrained, allowed) from error
 
     with torch.random.fork_rng(devices=[]):
-        network, changes, cam = _fit(build, name, image_size)
+        for variant in _variants(build, image_size):
+            if cam := _find_cam(variant[0], image_size):
+                break
+        else:
+            allowed = f"must give {name} a heatmap grid of 4x4 or more (this size is too small for it, or not taken)"
+            raise ParameterError("image_size", image_size, f"{allowed}; another size or model may suit")
+        network, changes = variant
         if isinstance(pretrained, str):
             _load_weights(network, Path(pretrained).expanduser())
         if cam_layer is not None and (cam := _cam(network, cam_layer, image_size)) is None:
             names = [name for name, _ in network.named_modules()]
-            allowed = (
-                "must be a module that gives a map or patch tokens on which the logits depend, on a grid of 4x4 or"
-            )
             hint = did_you_mean(cam_layer, names) if cam_layer not in names else ""
-            raise ParameterError("cam_layer", cam_layer, f"{allowed} more, by the module's dotted name{hint}")
+            allowed = "must be a module that gives a map or patch tokens of 4x4 or more on which the logits depend"
+            raise ParameterError("cam_layer", cam_layer, f"{allowed}: a module's dotted name{hint}")
     return Classifier(network, name=name, classes=classes, image_size=image_size, cam=cam, changes=changes).eval()
 
 
@@ -145,39 +145,24 @@ def _load_weights(network: Network, path: Path) -> None:
         raise ParameterError("pretrained", str(path), allowed) from error
 
 
-def _fit(build: Callable[..., Network], name: str, size: int) -> tuple[Network, list[str], Cam]:
-    """The network with the least changes that let it take this size with a CAM grid of at least 4 x 4."""
-    for network, changes in _variants(build, size):
-        if cam := _find_cam(network, size):
-            return network, changes, cam
-    if cam := _find_cam(network, size, earlier=True):
-        return network, [*changes, f"CAM layer {cam.layer}, the last with a grid of 4x4 or more"], cam
-    allowed = f"must give {name} a heatmap grid of 4x4 or more (this size is too small for it, or not taken)"
-    raise ParameterError("image_size", size, f"{allowed}; another size or model may suit")
-
-
 def _variants(build: Callable[..., Network], size: int) -> Iterator[tuple[Network, list[str]]]:
-    """The network and what was changed in it, by more and more, so that it takes this size with a finer CAM grid.
+    """The network, changed by more and more so that it takes this size with a finer CAM grid, and what was changed.
 
-    None; a smaller patch (ViT and Swin), or strides of 1 (timm's ``output_stride`` would dilate what follows, and knows
-    neither VGG nor DenseNet); the network built for this size (CaiT, ConViT, XCiT and mixers).
+    A smaller patch (ViT and Swin), or strides of 1: timm's ``output_stride`` would dilate, and misses VGG and DenseNet.
     """
-    network, changes = build(), []
-    patch: Any = to_2tuple(getattr(getattr(network, "patch_embed", None), "patch_size", 0))[0]
-    if hasattr(network, "set_input_size") and patch:
-        for p in (p for p in range(patch, 0, -1) if size % p == 0 and size // p >= MIN_GRID):
-            if p == patch or size // p <= 32:  # attention costs the square of the number of patches
-                with suppress(Exception):  # a network refuses a size in any way it likes
-                    network.set_input_size(img_size=(size, size), patch_size=(p, p))
-                    changes = [f"patch size {patch} -> {p}"] if p != patch else []
-                    yield network, changes
-    else:
-        yield network, changes
-        for changes in _unstride(network):
-            yield network, changes
-    with suppress(Exception):
-        network, changes = build(img_size=size), []
-    yield network, changes
+    for options in ({}, {"img_size": size}):  # CaiT, ConViT, XCiT, MaxViT and mixers take it only when they are built
+        with suppress(Exception) if options else nullcontext():  # most have no such argument
+            network = build(**options)
+            embed = getattr(network, "patch_embed", None) if hasattr(network, "set_input_size") else None
+            patch: Any = to_2tuple(getattr(embed, "patch_size", 0))[0]
+            for p in range(patch, 0, -1):  # attention costs the square of the number of patches
+                if size % p == 0 and size // p >= MIN_GRID and (p == patch or size // p <= 32):
+                    with suppress(Exception):  # a network refuses a size in any way it likes
+                        network.set_input_size(img_size=(size, size), patch_size=(p, p))
+                        yield network, [f"patch size {patch} -> {p}"] if p != patch else []
+            yield network, []
+            if not patch:
+                yield from ((network, changes) for changes in _unstride(network))
 
 
 def _unstride(network: Network) -> Iterator[list[str]]:
@@ -207,8 +192,8 @@ def _unstride(network: Network) -> Iterator[list[str]]:
         yield changes
 
 
-def _find_cam(network: Network, size: int, *, earlier: bool = False) -> Cam | None:
-    """The first that is usable: features that are a map, a norm of the last block, tokens; if asked, earlier levels."""
+def _find_cam(network: Network, size: int) -> Cam | None:
+    """The first that is usable: the features where they are a map, a norm of the last block, features of tokens."""
     features = _cam(network, FEATURES, size)
     if features and features.layout != "tokens":
         return features
@@ -219,8 +204,7 @@ def _find_cam(network: Network, size: int, *, earlier: bool = False) -> Cam | No
         last = f"{last}.{len(names[last]) - 1}"
     parts = names[last].named_children() if last in names else ()
     norms = [f"{last}.{name}" for name, part in parts if "norm" in type(part).__name__.lower()]
-    layers = [*norms, FEATURES, *(reversed(levels) if earlier else ())]
-    return next(filter(None, (_cam(network, layer, size) for layer in layers)), None)
+    return next(filter(None, (_cam(network, norm, size) for norm in norms)), features)
 
 
 def _cam(network: Network, layer: str, size: int) -> Cam | None:
@@ -246,15 +230,13 @@ def _cut(network: Network, layer: str, inputs: Tensor, *, pre_logits: bool = Fal
     """Forward pass whose graph begins at a layer: (its output, a leaf; the logits, or what the classifier reads)."""
     leaves: list[Tensor] = []
 
-    def cut(output: Tensor) -> Tensor:
-        leaves.append(output.detach().requires_grad_())
+    def cut(*call: Any) -> Tensor:  # the output, or what a hook gets: (module, inputs, output)
+        leaves.append(call[-1].detach().requires_grad_())
         torch.set_grad_enabled(True)  # what came before ran without a graph; the outer no_grad restores the mode
         return leaves[-1].clone()  # because what follows may begin with an in-place activation
 
-    with torch.no_grad(), ExitStack() as stack:
-        if layer != FEATURES:
-            module = network.get_submodule(layer)
-            stack.enter_context(module.register_forward_hook(lambda _module, _inputs, output: cut(output)))
+    hook = nullcontext() if layer == FEATURES else network.get_submodule(layer).register_forward_hook(cut)
+    with torch.no_grad(), hook:
         features = network.forward_features(inputs)
         logits = network.forward_head(cut(features) if layer == FEATURES else features, pre_logits=pre_logits)
     return leaves[-1], logits
@@ -264,10 +246,7 @@ MASK, ORIGINAL = "parametrizations.weight.0.mask", "parametrizations.weight.orig
 
 
 class _Pruned(nn.Module):
-    """Parametrization of a weight of which some entries are 0 whatever the optimizer does.
-
-    torch.nn.utils.prune masks only while the layer is called (BEiT reads weights itself), and hinders copies.
-    """
+    """Keeps entries of a weight at 0, also where a network reads it without calling its layer (BEiT)."""
 
     def __init__(self, weight: Any):
         super().__init__()
@@ -287,9 +266,9 @@ def _masked(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def prune(network: nn.Module, share: float) -> None:
-    """Prune this share, in (0, 1], of the weights that are left, those of least magnitude over all layers; in place.
+    """Prune this share, in (0, 1], of the weights left, the smallest of all convolutions and linear layers; in place.
 
-    Counted are convolutions and linear layers, without biases (Han et al. 2015). An optimizer's parameters stay valid.
+    Han et al. 2015; an optimizer's parameters stay valid. torch.nn.utils.prune would hinder copies and misses BEiT's.
     """
     layers = _masked(network)
     left = torch.cat([weight.detach()[mask].abs() for weight, mask in layers]).cpu()
@@ -319,8 +298,8 @@ def restore_pruning(network: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _conv(inputs: int, outputs: int, *pool: nn.Module) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-    return nn.Sequential(convolution, *pool, nn.BatchNorm2d(outputs), nn.ReLU())
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return nn.Sequential(conv, *pool, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class _Residual(nn.Sequential):
@@ -330,13 +309,9 @@ class _Residual(nn.Sequential):
 
 @register_model
 class resnet9(nn.Module):  # timm takes its name from here
-    """Page's ResNet-9 ("How to train your ResNet", DAWNBench 2018), a small and fast network for 32 x 32 images.
+    """Page's ResNet-9 for 32 x 32 images (DAWNBench 2018); as in airbench (Jordan 2024) stages pool, then normalise."""
 
-    As in airbench (Jordan 2024) a stage pools before it normalises: norm and activation see a quarter of the pixels.
-    """
-
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
-    pretrained_cfg = {"mean": mean, "std": std, "input_size": (3, 32, 32)}
+    pretrained_cfg = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616), "input_size": (3, 32, 32)}
 
     def __init__(self, pretrained: bool = False, *, num_classes: int = 1000, **_: Any):
         super().__init__()
