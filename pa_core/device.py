@@ -43,10 +43,9 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def numerics(experiment: Experiment, *, threads: int | None = None) -> Iterator[None]:
-    """What decides the last bits of a result; all is restored afterwards.
+    """What decides the last bits of a result: TF32 on CUDA, operations that give the same bits again, and ``threads``.
 
-    ``tf32``: float32 products on CUDA in TF32 (10 bits of mantissa). ``deterministic``: only operations that give the
-    same bits again (PyTorch's notes on reproducibility). ``threads``: how many a run began with: sums depend on it.
+    The number of threads that a run began with, since sums depend on it. All is restored afterwards.
     """
     cudnn: Any = torch.backends.cudnn
     flags = [(torch.backends.cuda.matmul, "allow_tf32", experiment.tf32), (cudnn, "allow_tf32", experiment.tf32)]
@@ -65,10 +64,9 @@ def numerics(experiment: Experiment, *, threads: int | None = None) -> Iterator[
 
 
 def auto_batch_size(model: nn.Module, *, image_size: int, n: int, device: torch.device, dtype: torch.dtype) -> int:
-    """A good power of two for this model and device; the model and the RNG are left as they are.
+    """A power of two that leaves an epoch 8 steps or more; the model and the RNG are left as they are.
 
-    On CUDA the largest whose training step leaves a tenth of the memory free, with all that lies there already; on a
-    CPU the one of 32 to 256 with the highest throughput. At least 8 steps remain in an epoch.
+    On CUDA the largest whose training step leaves a tenth of all memory free, on a CPU the fastest of 32 to 256.
     """
     cuda, best, rate = device.type == "cuda", min(32, n), 0.0
     with torch.random.fork_rng(devices=[device] if cuda else []):
@@ -85,7 +83,7 @@ def auto_batch_size(model: nn.Module, *, image_size: int, n: int, device: torch.
                 break
             if cuda or size / seconds > 1.05 * rate:  # on a CPU a larger batch must earn it
                 best, rate = size, size / seconds
-    del trial, optimizer
+    trial = optimizer = images = None  # so that their memory can be given back
     torch.cuda.empty_cache()
     return best
 

@@ -168,12 +168,11 @@ def _variants(build: Callable[..., Network], size: int) -> Iterator[tuple[Networ
 def _unstride(network: Network) -> Iterator[list[str]]:
     """Set to 1 the strides of the last reduction, then of the last two, and so on; yield all that was done by then."""
     size = max(256, network.pretrained_cfg.get("input_size", (3, 256, 256))[-1])
-    leaves = {module: name for name, module in network.named_modules() if not any(module.children())}
-    strided = {module: name for module, name in leaves.items() if getattr(module, "stride", 1) not in (1, (1, 1))}
+    strided = {part: name for name, part in network.named_modules() if getattr(part, "stride", 1) not in (1, (1, 1))}
     reduced, levels, changes = {}, [], []  # the resolution that each reduces: branches of a block have the same
 
     def watch(module: nn.Module, inputs: Any, output: Any) -> None:
-        if module in strided and output.shape[-1] < inputs[0].shape[-1]:
+        if module in strided and not any(module.children()) and output.shape[-1] < inputs[0].shape[-1]:
             reduced[module] = inputs[0].shape[-1]
 
     with suppress(Exception), torch.no_grad(), register_module_forward_hook(watch):  # it may take one size only
