@@ -225,7 +225,7 @@ def _cam(network: Network, layer: str, size: int) -> Cam | None:
     return cam if cam and cam.spatial(gradient).any() else None
 
 
-def _cut(network: Network, layer: str, inputs: Tensor, *, pre_logits: bool = False) -> tuple[Tensor, Tensor]:
+def _cut(network: Network, layer: str, inputs: Tensor, **head: bool) -> tuple[Tensor, Tensor]:
     """Forward pass whose graph begins at a layer: (its output, a leaf; the logits, or what the classifier reads)."""
     leaves: list[Tensor] = []
 
@@ -237,7 +237,7 @@ def _cut(network: Network, layer: str, inputs: Tensor, *, pre_logits: bool = Fal
     hook = nullcontext() if layer == FEATURES else network.get_submodule(layer).register_forward_hook(cut)
     with torch.no_grad(), hook:
         features = network.forward_features(inputs)
-        logits = network.forward_head(cut(features) if layer == FEATURES else features, pre_logits=pre_logits)
+        logits = network.forward_head(cut(features) if layer == FEATURES else features, **head)
     return leaves[-1], logits
 
 
