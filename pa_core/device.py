@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
-import time
+import timeit
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,24 +24,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def resolve_device(name: str) -> torch.device:
     """``auto`` is CUDA, else MPS, else the CPU. A device that this machine lacks is refused."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        others = f" or cuda:0 to cuda:{count - 1}" if count else " or mps"
-        raise ParameterError("device", name, f"must be auto, cpu{others}; PyTorch sees {count} CUDA devices here")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ParameterError("device", name, "must be auto or cpu; PyTorch sees no MPS device here")
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    device = torch.device(next(kind for kind in counts if counts[kind]) if name == "auto" else name)
+    if (device.index or 0) >= counts[device.type]:
+        seen = f"PyTorch sees {counts['cuda']} CUDA and {counts['mps']} MPS devices here"
+        raise ParameterError("device", name, f"must be auto, cpu or a device that is there; {seen}")
     return device
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """``auto`` is bf16 or else fp16 on CUDA, fp32 elsewhere."""
     if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        name = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if name == "fp16" and device.type == "cpu":
         raise ParameterError("precision", name, "must be auto, fp32 or bf16 on a CPU; fp16 needs a GPU")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -49,73 +43,55 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def numerics(experiment: Experiment, *, threads: int | None = None) -> Iterator[None]:
-    """What decides the last bits of a result; all is restored afterwards.
+    """What decides the last bits of a result: TF32 on CUDA, operations that give the same bits again, and ``threads``.
 
-    ``tf32``: float32 products on CUDA in TF32 (10 bits of mantissa). ``deterministic``: only operations that give the
-    same bits again, as PyTorch's notes on reproducibility ask for. ``threads``: how many a run began with, since the
-    sums of a float depend on it.
+    The number of threads that a run began with, since sums depend on it. All is restored afterwards.
     """
-    backends: Any = torch.backends
-    matmul, cudnn, before = backends.cuda.matmul, backends.cudnn, torch.get_num_threads()
-    flags = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    matmul.allow_tf32 = cudnn.allow_tf32 = experiment.tf32
-    torch.set_num_threads(threads or before)
-    if experiment.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-        cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True)
-    try:
+    cudnn: Any = torch.backends.cudnn
+    flags = [(torch.backends.cuda.matmul, "allow_tf32", experiment.tf32), (cudnn, "allow_tf32", experiment.tf32)]
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads or torch.get_num_threads())
+        if experiment.deterministic:
+            flags.append((cudnn, "benchmark", False))
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+            stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            torch.use_deterministic_algorithms(True)
+        for place, name, value in flags:
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
         yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = flags
-        torch.use_deterministic_algorithms(deterministic)
-        torch.set_num_threads(before)
-
-
-AUTO_BATCHES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def auto_batch_size(model: nn.Module, *, image_size: int, n: int, device: torch.device, dtype: torch.dtype) -> int:
-    """A good power of two for this model and device; the model and the RNG are left as they are.
+    """A power of two that leaves an epoch 8 steps or more; the model and the RNG are left as they are.
 
-    On CUDA the largest whose training step leaves a tenth of the memory free, with all that lies there already; on a
-    CPU the one of 32 to 256 with the highest throughput. At least 8 steps remain in an epoch.
+    On CUDA the largest whose training step leaves a tenth of all memory free, on a CPU the fastest of 32 to 256.
     """
-    allowed = [b for b in AUTO_BATCHES if b * 8 <= n and (device.type == "cuda" or b <= 256)] or [min(32, max(1, n))]
-    best, best_rate = allowed[0], 0.0
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    cuda, best, rate = device.type == "cuda", min(32, n), 0.0
+    with torch.random.fork_rng(devices=[device] if cuda else []):
         trial = copy.deepcopy(model).to(device).to(memory_format=memory_format(device)).train()
-        for size in allowed:
-            try:
-                rate = _throughput(trial, size, image_size=image_size, device=device, dtype=dtype)
+        optimizer = torch.optim.AdamW(trial.parameters(), fused=True)
+        for size in [2**k for k in range(5, 13 if cuda else 9) if 8 * 2**k <= n]:
+            images = to_pixels(torch.zeros(size, 3, image_size, image_size, dtype=torch.uint8, device=device))
+            try:  # the first of the steps warms up
+                seconds = min(timeit.repeat(partial(_step, trial, optimizer, images, dtype), number=1, repeat=4))
             except torch.cuda.OutOfMemoryError:
                 break
-            if device.type == "cuda":
-                free, total = torch.cuda.mem_get_info(device)  # PyTorch keeps what a step took at most
-                if free < 0.1 * total:
-                    break
-                best = size
-            elif rate > 1.05 * best_rate:  # a larger batch must earn it
-                best, best_rate = size, rate
-    if device.type == "cuda":
-        del trial
-        torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(device) if cuda else (1, 1)  # PyTorch keeps what a step took at most
+            if free < 0.1 * total:
+                break
+            if cuda or size / seconds > 1.05 * rate:  # on a CPU a larger batch must earn it
+                best, rate = size, size / seconds
+    trial = optimizer = images = None  # so that their memory can be given back
+    torch.cuda.empty_cache()
     return best
 
 
-def _throughput(model: nn.Module, size: int, *, image_size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Images per second of a training step, the best of three, after one to warm up."""
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    images = to_pixels(torch.randint(0, 256, (size, 3, image_size, image_size), dtype=torch.uint8, device=device))
-    best = math.inf
-    for _ in range(4):
-        started = time.perf_counter()
-        with autocast(device, dtype):
-            loss = model(images).float().logsumexp(1).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        float(loss.detach())  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return size / best
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, dtype: torch.dtype) -> None:
+    with autocast(images.device, dtype):
+        loss = model(images).float().logsumexp(1).mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss.item()  # waits for the device

@@ -562,7 +562,7 @@ def test_rules_that_would_silently_be_plain_gradients_are_refused(layers, refuse
 
 def by_hand(model, images, target=None):
     """Rollout, or with a target Chefer's relevance, written with explicit matrices on attention that is recomputed."""
-    network, x = model.network, model.normalise(images)
+    network, x = model.network, (images - model.mean) / model.std
     tokens = network.norm_pre(network._pos_embed(network.patch_embed(x)))
     attentions = []
     for block in network.blocks:

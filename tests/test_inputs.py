@@ -129,7 +129,8 @@ def test_refused_in_one_sentence_and_nothing_is_written(tmp_path, values, name, 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_cuda_where_there_is_none_is_refused(tmp_path):
     text = str(refused(tmp_path, device="cuda"))
-    assert text == "invalid device='cuda': must be auto, cpu or mps; PyTorch sees 0 CUDA devices here"
+    seen = "PyTorch sees 0 CUDA and 0 MPS devices here"
+    assert text == f"invalid device='cuda': must be auto, cpu or a device that is there; {seen}"
 
 
 @pytest.mark.parametrize("official", [False, True])

@@ -167,13 +167,14 @@ def test_a_tuned_batch_size_leaves_model_and_rng_alone(monkeypatch):
     """The highest throughput wins on a CPU; a larger batch must earn a twentieth."""
     model = models.create("test_resnet", classes=10, image_size=28)
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    rates, real = {32: 100.0, 64: 120.0, 128: 121.0, 256: 127.0}, device._throughput
+    rates = {32: 100.0, 64: 120.0, 128: 121.0, 256: 127.0}
 
-    def told(trial, size, **keywords):
-        real(trial, 2, **keywords)
-        return rates[size]
+    def told(step, **_keywords):
+        step()
+        size = len(step.args[2])
+        return [size / rates[size]]
 
-    monkeypatch.setattr(device, "_throughput", told)
+    monkeypatch.setattr(device.timeit, "repeat", told)
     options = {"image_size": 28, "device": CPU, "dtype": torch.float32}
     assert device.auto_batch_size(model, n=3200, **options) == 256
     rates[256] = 125.0
