@@ -42,10 +42,8 @@ def runs_home(runs_dir: str = "runs") -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; what was written there takes its place at the end, or not at all.
-
-    Raises:
-        RunError: it could not be written, for example on a full disk.
+    """Yield a temporary path beside ``path``; what was written there takes its place at the end, or not at all:
+    RunError where it cannot be written, for example on a full disk.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -53,11 +51,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own over it
-        if not isinstance(cause, OSError):
-            raise
-        text = f"{shown(path)} cannot be written ({cause.strerror}); what was there before is intact"
+    except OSError as error:
+        text = f"{shown(path)} cannot be written ({error.strerror}); what was there before is intact"
         raise RunError(text) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -71,29 +66,24 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A file's names and values, ``{}`` where there is no file; RunError where it is damaged."""
     try:
-        content = json.loads(path.read_bytes())
+        return dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise RunError(f"{shown(path)} is damaged ({error})") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{shown(path)} is damaged (it holds no names and values)")
-    return content
 
 
 @contextmanager
 def lock(path: Path, waiting: str, log: Callable[[str], None] = print) -> Iterator[None]:
     """Hold a lock between processes; ``waiting`` is logged once if another one holds it. A killed holder loses it."""
-    held = FileLock(path)
+    file = FileLock(path)
     try:
-        held.acquire(timeout=0)
+        held = file.acquire(timeout=0)
     except Timeout:
         log(waiting)
-        held.acquire()
-    try:
+        held = file.acquire()
+    with held:
         yield
-    finally:
-        held.release()
 
 
 class _Loader(yaml.SafeLoader):
@@ -101,9 +91,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice below line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep=deep)
 
 

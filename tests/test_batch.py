@@ -10,10 +10,9 @@ from pa_core import batch, masking, proxy, selection, train
 from pa_core.attribution import upsampled
 from pa_core.augment import generators
 from pa_core.batch import Pool
-from pa_core.coerce import AUGMENTATIONS
 from pa_core.data import Part
 from pa_core.errors import ParameterError
-from pa_core.params import FILLS, Experiment, derived_seed
+from pa_core.params import AUGMENTATIONS, FILLS, Experiment, derived_seed
 from pa_core.proxy import Choice, Step
 
 N, SIZE, CLASSES = 8, 8, 4

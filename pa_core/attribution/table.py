@@ -83,7 +83,7 @@ def check(method: str, *, smooth: str = "none", model: Classifier | None = None)
     The model is left as found; without it only what holds for every model is checked. ParameterError names what works.
     """
     row = METHODS[resolve(method)]
-    if params.check("smooth", smooth) == "eigen" and not row.grid:
+    if params.Experiment(smooth=smooth).smooth == "eigen" and not row.grid:
         grids = ", ".join(name for name, other in METHODS.items() if other.grid)
         allowed = f"must be none, gaussian or flip with xai={method}; eigen takes the channels of a CAM: {grids}"
         raise ParameterError("smooth", smooth, allowed)
