@@ -32,9 +32,7 @@ def data_home() -> Path:
 
 
 def runs_home(runs_dir: str = "runs") -> Path:
-    """The folder that holds the runs. The default ``"runs"`` is ``$PA_RUNS``, else ``runs/``, a relative one in the
-    repository, whatever the working directory; any other relative path is taken from the working directory.
-    """
+    """The folder of runs: ``"runs"`` is ``$PA_RUNS``, else ``runs/``, in the repository; another is where one works."""
     if runs_dir == "runs":
         return home() / Path(os.environ.get("PA_RUNS") or "runs").expanduser()
     return Path(runs_dir).expanduser().absolute()
@@ -42,9 +40,7 @@ def runs_home(runs_dir: str = "runs") -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; what was written there takes its place at the end, or not at all:
-    RunError where it cannot be written, for example on a full disk.
-    """
+    """Yield a path beside ``path``; what is written there takes its place whole, or RunError, as on a full disk."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -102,8 +98,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = yaml.load(Path(path).read_text(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ParameterError("file", str(path), f"must be a YAML file that can be read ({reason})") from error
+        allowed = f"must be a YAML file that can be read ({' '.join(str(error).split())})"
+        raise ParameterError("file", str(path), allowed) from error
     if not isinstance(content, dict | None):
         raise ParameterError("file", str(path), "must hold lines of names and values, such as 'lr: 1e-3'")
     return content or {}

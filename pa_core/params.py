@@ -1,8 +1,8 @@
 """Parameters of an experiment: one frozen, flat pydantic model, the same names everywhere.
 
-Each is described here and nowhere else: the notebooks' parameter cells, docs/parameters.md and ``papermill
---help-notebook`` follow from it. What cannot be known without loading torch (dataset, model, explanation method, CUDA)
-is checked by the module that knows it, with the same :class:`ParameterError`, before any training.
+Each is described here alone: parameters cells, docs/parameters.md and ``papermill --help-notebook`` follow from it.
+What cannot be known without torch (dataset, model, explanation method, CUDA) is checked where it is known, before any
+training.
 """
 
 from __future__ import annotations
@@ -13,14 +13,23 @@ import os
 import re
 import shlex
 import symtable
+from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 from pa_core.errors import ParameterError, did_you_mean
-from pa_core.schedule import EPOCH, PROXY, epochs, normal, parse, steps
+from pa_core.schedule import EPOCH, PROXY, normal, parse, steps
 
 SCHEMA = 2
 """Incremented when the same parameters would give another result; CHANGELOG.md says what each one changed."""
@@ -34,23 +43,14 @@ AUGMENTATIONS = ("flip", "rotate", "crop", "erase", "cutmix", "mixup")
 def derived_seed(seed: int, *labels: Any) -> int:
     """A seed in [0, 2**63) for one purpose, e.g. ``derived_seed(seed, "order", epoch)``.
 
-    Streams derived in this way are independent of each other and of how often any was drawn from, so that an arm with
-    proxy steps sees the same order and augmentation as one without, and a resumed run the same as a whole one.
+    Such streams are independent of each other and of how often any was drawn from: an arm with proxy steps sees the
+    same order and augmentation as one without, and a resumed run the same as a whole one.
     """
-    text = json.dumps([seed, *labels])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-# Types of fields: what papermill, YAML or a DataFrame hand over -> what an experiment keeps
-
-
-def _schedule(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        raise ValueError("must be a text such as 5,p,5: quote it where YAML would take it apart")
-    return normal("" if value is None else str(value))
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, *labels]).encode()).digest()[:8], "big") >> 1
 
 
 def _augment(value: Any) -> str:
+    """``crop, flip`` or a list -> ``flip,crop``."""
     names = value if isinstance(value, (list, tuple)) else str(value).split(",")
     names = [str(name).strip().lower() for name in names]
     for name in names if names != ["none"] else []:
@@ -60,8 +60,7 @@ def _augment(value: Any) -> str:
     return ",".join(name for name in AUGMENTATIONS if name in names) or "none"
 
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Name = Annotated[Text, StringConstraints(to_lower=True)]
+Name = Annotated[str, StringConstraints(to_lower=True)]
 Pretrained = bool | Annotated[str, StringConstraints(pattern=r"(?i)\.(safetensors|pth|pt)$")]
 Device = Annotated[str, StringConstraints(to_lower=True, pattern=r"(?i)^(auto|cpu|mps|cuda(:\d+)?)$")]
 Share = Annotated[float, Gt(0), Le(1)]
@@ -75,28 +74,29 @@ def _p(default: Any, description: str) -> Any:
 class Experiment(BaseModel):
     """Everything that decides a run; frozen and flat. ParameterError where a value is not allowed."""
 
+    model_config = {"frozen": True, "extra": "forbid", "allow_inf_nan": False}
     # a folder called 101 arrives from the command line as a number
-    model_config = {"frozen": True, "extra": "forbid", "allow_inf_nan": False, "coerce_numbers_to_str": True}
+    model_config |= {"coerce_numbers_to_str": True, "str_strip_whitespace": True, "str_min_length": 1}
 
     # data
-    dataset: Text = _p("fashion_mini", "a name from pa_core.data.names(), or folder")
-    data_dir: Text | None = _p(None, "the folder of your images, or of a torchvision dataset")
+    dataset: str = _p("fashion_mini", "a name from pa_core.data.names(), or folder")
+    data_dir: str | None = _p(None, "the folder of your images, or of a torchvision dataset")
     bad_images: Literal["refuse", "skip"] = _p("refuse", "what is done about image files that cannot be used")
     image_size: Annotated[int, Ge(16), Le(4096)] | None = _p(None, "pixels per side; none is the dataset's own")
     train_fraction: Share = _p(1.0, "share of the training images that is used, at least one per class")
     folds: Annotated[int, Ge(2), Le(1000)] = _p(5, "number of stratified folds, of which one is for validation")
     fold: Annotated[int, Ge(0)] = _p(0, "the fold for validation, counted from 0")
     # model
-    model: Text = _p("test_resnet", "any timm name")
+    model: str = _p("test_resnet", "any timm name")
     pretrained: Pretrained = _p(False, "true, false, or a weights file (.safetensors, .pth or .pt)")
     # explanation
     xai: Name = _p("gradcam++", "explanation method; docs/methods.md has all")
     xai_target: Literal["predicted", "label"] = _p("predicted", "which class is explained")
-    cam_layer: Text | None = _p(None, "a module's dotted name: CAMs use its output; none is the model's own")
+    cam_layer: str | None = _p(None, "a module's dotted name: CAMs use its output; none is the model's own")
     smooth: Literal["none", "gaussian", "eigen", "flip"] = _p("none", "how maps are smoothed")
     permute_maps: bool = _p(False, "each image gets the map of another one: the control for where is masked")
     # schedule and selection
-    schedule: Annotated[str, BeforeValidator(_schedule)] = _p(
+    schedule: Annotated[str, StringConstraints(min_length=0), AfterValidator(normal)] = _p(
         "5,p,5", "epochs; between them p proxy step, c forget maps, x0.3 prune, l0.1 scale lr"
     )
     select: Literal["misclassified", "loss", "margin", "entropy", "random", "easiest", "all"] = _p(
@@ -146,7 +146,7 @@ class Experiment(BaseModel):
     device: Device = _p("auto", "auto, cpu, cuda, cuda:N or mps")
     compile: bool = _p(False, "torch.compile the training step")
     seed: Annotated[int, Ge(0), Lt(2**63)] = _p(0, "seeds split, initialisation, order, augmentation and masks")
-    runs_dir: Text = _p("runs", "where runs are kept; runs is the repository's folder, or $PA_RUNS")
+    runs_dir: str = _p("runs", "where runs are kept; runs is the repository's folder, or $PA_RUNS")
 
     def __init__(self, **values: Any):
         try:
@@ -163,8 +163,7 @@ class Experiment(BaseModel):
         value = value.item() if hasattr(value, "item") else value  # numpy scalars
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         value = int(value) if isinstance(value, float) and value.is_integer() else value
-        value = value.strip() if isinstance(value, str) else value
-        kind, text = cls.model_fields[info.field_name].annotation, str(value).lower()
+        kind, text = cls.model_fields[info.field_name].annotation, str(value).strip().lower()
         members = get_args(kind) or (kind,)
         if isinstance(value, bool) and {int, float} & {(get_args(m) or [m])[0] for m in members}:
             raise ValueError  # pydantic would read True as 1
@@ -179,11 +178,7 @@ class Experiment(BaseModel):
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any], *, also: Iterable[str] = ()) -> Experiment:
-        """An experiment from a notebook's variables: ``Experiment.from_notebook(globals())``.
-
-        papermill only warns about a parameter that a notebook does not have, so the names that the parameter cells
-        assigned are compared with the parameters here; ``also`` names the notebook's own extra ones.
-        """
+        """An experiment from a notebook's variables, ``globals()``; ``also`` names the notebook's own parameters."""
         refuse_unknown(namespace, [*cls.model_fields, *also])
         return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
 
@@ -198,7 +193,8 @@ class Experiment(BaseModel):
     @property
     def length(self) -> int:
         """Training epochs of the schedule; under the predecessor's protocol ``p`` is one, too."""
-        return epochs(self.schedule, p_trains=self.protocol != "clean")
+        events = parse(self.schedule, p_trains=self.protocol != "clean")
+        return sum(event.kind == EPOCH for event in events)
 
     @property
     def keeps_all_proxies(self) -> bool:
@@ -253,9 +249,7 @@ class Experiment(BaseModel):
         return {name: value for name, value in self.changed().items() if name not in unused}
 
     def digest(self, *, data: str, image_size: int, weights: str = "") -> str:
-        """The run's identity: SHA-256 (hex) of schema number, effective parameters and content, which is the data
-        digest, the resolved image size, and the digest of the weights file that ``pretrained`` names.
-        """
+        """The run's identity, SHA-256 (hex); ``weights`` is the digest of the file that ``pretrained`` names."""
         content = {"schema": SCHEMA, "parameters": self.effective(), "data": data, "image_size": image_size}
         text = json.dumps(content | {"weights": weights}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -290,14 +284,8 @@ def _contradictions(e: Experiment) -> Iterator[tuple[str, str]]:
             yield name, f"must be {neutral}, or have maps: augment with {needed} and a schedule with p"
 
 
-class Parameter(NamedTuple):
-    """One parameter as the documentation and the notebooks show it."""
-
-    name: str
-    default: Any
-    description: str
-    allowed: str  # empty where the description says it
-    choices: tuple[str, ...]
+Parameter = namedtuple("Parameter", "name default description allowed choices")
+"""One parameter as the documentation and the notebooks show it; ``allowed`` is empty where the description says it."""
 
 
 def _allowed(field: dict[str, Any]) -> str:
@@ -328,8 +316,9 @@ def _refusal(error: ValidationError) -> ParameterError:
     if name not in PARAMETERS:
         return _unknown(name, value, PARAMETERS)
     known = PARAMETERS[name]
-    text = "a text that is not empty" if first["type"] in ("string_type", "string_too_short") else ""
-    allowed = reason or f"must be {text or known.allowed or known.description}"
+    if first["type"] in ("string_type", "string_too_short"):
+        reason = "must be a text that is not empty: quote it where YAML would take it apart"
+    allowed = reason or f"must be {known.allowed or known.description}"
     return ParameterError(name, value, allowed + did_you_mean(value, known.choices))
 
 
@@ -348,9 +337,10 @@ def markdown() -> str:
 
 
 def refuse_unknown(namespace: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse a name that a notebook's parameter cells, which begin with ``# Parameters``, assign and that is not known.
+    """Refuse a name that a notebook's parameter cells assign and that is not known: papermill would only warn.
 
-    papermill puts its own one, of just that line and assignments, after the notebook's: then the one before counts too.
+    They begin with ``# Parameters``. papermill puts its own one, of just that line and assignments, after the
+    notebook's: then the one before counts too.
     """
     names = list(known)
     cells = [source.lstrip() for source in namespace.get("In", []) if source.lstrip().startswith("# Parameters")]

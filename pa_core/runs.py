@@ -168,9 +168,6 @@ def save_weights(path: Path, network: torch.nn.Module) -> None:
         temporary.write_bytes(save(tensors))
 
 
-# Where a run came from
-
-
 @cache
 def code_version() -> str:
     """SHA-256 (16 hex digits) of what a result depends on: the package's code without lab/, comments and docstrings."""
@@ -186,10 +183,14 @@ def _form(node: Any) -> Any:
     """A syntax tree as nested lists, without positions, docstrings and empty fields, which differ between Pythons."""
     if isinstance(node, list):
         return [_form(n) for n in node if not (type(n) is ast.Expr and type(n.value) is ast.Constant)]
-    if isinstance(node, ast.AST):
-        fields = [(name, getattr(node, name)) for name in node._fields if name != "ctx"]
-        return [type(node).__name__, *[(name, _form(value)) for name, value in fields if value not in (None, [])]]
-    return node
+    if not isinstance(node, ast.AST):
+        return node
+    form: list[Any] = [type(node).__name__]
+    for name in node._fields:
+        value = getattr(node, name)
+        if value is not None and value != [] and name != "ctx":
+            form += (name, _form(value))
+    return form
 
 
 @cache

@@ -46,11 +46,6 @@ def normal(text: str) -> str:
     return ",".join(letters.get(kind, "") + number for kind, number in numbers)
 
 
-def epochs(text: str, *, p_trains: bool = False) -> int:
-    """Number of training epochs: ``epochs("5,p,9") == 14``, and 15 where ``p`` trains."""
-    return sum(event.kind == EPOCH for event in parse(text, p_trains=p_trains))
-
-
 def steps(text: str) -> int:
     """Number of proxy steps: ``steps("5,p,9") == 1``."""
     return sum(kind == PROXY for kind, _ in _tokens(text))

@@ -75,7 +75,7 @@ BAD = [
     ("permute_maps", 2, "true or false"),
     ("permute_maps", None, "true or false"),
     ("schedule", "5,,p", "token 2 of 5,[],p"),
-    ("schedule", None, "must not be empty"),
+    ("schedule", None, "must be a text that is not empty"),
     ("schedule", -1, "token 1 of [-1]"),
     ("schedule", ["5", "p", "5"], "quote it"),
     ("schedule", "p,5", "must begin with epochs, or have pretrained weights"),

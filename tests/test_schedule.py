@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pa_core import schedule
+from pa_core.params import Experiment
 from pa_core.schedule import Event
 
 
@@ -38,9 +39,10 @@ def test_the_predecessors_p_trains_for_an_epoch_that_is_a_stage_of_its_own():
 
 
 def test_lengths():
-    assert (schedule.epochs("5,p,9,p,4"), schedule.steps("5,p,9,p,4"), schedule.steps("18,x0.3")) == (18, 2, 0)
+    assert (schedule.steps("5,p,9,p,4"), schedule.steps("18,x0.3")) == (2, 0)
+    assert Experiment(schedule="5,p,9,p,4").length == 18
     for text in ("18", "9,p,8", "3,p,4,p,4,p,4"):
-        assert schedule.epochs(text, p_trains=True) == 18
+        assert Experiment(schedule=text, protocol="thesis").length == 18
 
 
 @pytest.mark.parametrize(
