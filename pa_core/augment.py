@@ -3,7 +3,7 @@
 Every kind draws from a generator of its own, on the CPU, as many numbers as the batch has images, whatever their maps
 are: adding a kind, or another map, changes no draw of another kind, and every device sees the same draws. Only the
 fills ``patch`` and ``noise`` draw in those batches alone in which an image is masked, each from its own generator.
-To add a kind: a function here, a line in :func:`change`, a name in `coerce.AUGMENTATIONS`.
+To add a kind: a function here, a line in :func:`change`, a name in `params.AUGMENTATIONS`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pa_core.coerce import AUGMENTATIONS
 from pa_core.data import send
 from pa_core.masking import to_float
-from pa_core.params import Experiment, derived_seed
+from pa_core.params import AUGMENTATIONS, Experiment, derived_seed
 
 Draws = Mapping[str, torch.Generator]
 DEGREES = 15.0

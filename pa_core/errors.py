@@ -25,4 +25,4 @@ class RunError(RuntimeError):
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the known name nearest to ``name``, or an empty string."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    return f" (did you mean {match[0]!r}?)" if match and match[0] != name else ""

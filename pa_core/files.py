@@ -32,9 +32,7 @@ def data_home() -> Path:
 
 
 def runs_home(runs_dir: str = "runs") -> Path:
-    """The folder that holds the runs. The default ``"runs"`` is ``$PA_RUNS``, else ``runs/``, a relative one in the
-    repository, whatever the working directory; any other relative path is taken from the working directory.
-    """
+    """The folder of runs: ``"runs"`` is ``$PA_RUNS``, else ``runs/``, in the repository; another is where one works."""
     if runs_dir == "runs":
         return home() / Path(os.environ.get("PA_RUNS") or "runs").expanduser()
     return Path(runs_dir).expanduser().absolute()
@@ -42,22 +40,15 @@ def runs_home(runs_dir: str = "runs") -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; what was written there takes its place at the end, or not at all.
-
-    Raises:
-        RunError: it could not be written, for example on a full disk.
-    """
+    """Yield a path beside ``path``; what is written there takes its place whole, or RunError, as on a full disk."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own over it
-        if not isinstance(cause, OSError):
-            raise
-        text = f"{shown(path)} cannot be written ({cause.strerror}); what was there before is intact"
+    except OSError as error:
+        text = f"{shown(path)} cannot be written ({error.strerror}); what was there before is intact"
         raise RunError(text) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -71,29 +62,24 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A file's names and values, ``{}`` where there is no file; RunError where it is damaged."""
     try:
-        content = json.loads(path.read_bytes())
+        return dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise RunError(f"{shown(path)} is damaged ({error})") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{shown(path)} is damaged (it holds no names and values)")
-    return content
 
 
 @contextmanager
 def lock(path: Path, waiting: str, log: Callable[[str], None] = print) -> Iterator[None]:
     """Hold a lock between processes; ``waiting`` is logged once if another one holds it. A killed holder loses it."""
-    held = FileLock(path)
+    file = FileLock(path)
     try:
-        held.acquire(timeout=0)
+        held = file.acquire(timeout=0)
     except Timeout:
         log(waiting)
-        held.acquire()
-    try:
+        held = file.acquire()
+    with held:
         yield
-    finally:
-        held.release()
 
 
 class _Loader(yaml.SafeLoader):
@@ -101,9 +87,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice below line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -112,8 +98,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = yaml.load(Path(path).read_text(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ParameterError("file", str(path), f"must be a YAML file that can be read ({reason})") from error
+        allowed = f"must be a YAML file that can be read ({' '.join(str(error).split())})"
+        raise ParameterError("file", str(path), allowed) from error
     if not isinstance(content, dict | None):
         raise ParameterError("file", str(path), "must hold lines of names and values, such as 'lr: 1e-3'")
     return content or {}

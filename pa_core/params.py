@@ -1,71 +1,104 @@
 """Parameters of an experiment: one frozen, flat pydantic model, the same names everywhere.
 
-Each is described here and nowhere else: the notebooks' parameter cells, docs/parameters.md and ``papermill
---help-notebook`` follow from it. What cannot be known without loading torch (dataset, model, explanation method, CUDA)
-is checked by the module that knows it, with the same :class:`ParameterError`, before any training.
+Each is described here alone: parameters cells, docs/parameters.md and ``papermill --help-notebook`` follow from it.
+What cannot be known without torch (dataset, model, explanation method, CUDA) is checked where it is known, before any
+training.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
+import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import symtable
+from collections import namedtuple
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
-from pa_core.coerce import Augment, BatchSize, Device, Name, Pretrained, Probability, Schedule, Share, Text
 from pa_core.errors import ParameterError, did_you_mean
-from pa_core.files import read_yaml
-from pa_core.schedule import EPOCH, PROXY, epochs, parse, steps
+from pa_core.schedule import EPOCH, PROXY, normal, parse, steps
 
 SCHEMA = 2
 """Incremented when the same parameters would give another result; CHANGELOG.md says what each one changed."""
+_MAPS = "xai xai_target cam_layer smooth permute_maps"
+_MASKS = "mask_region threshold_mode threshold max_share weight feather proxy_probability"
+PROXY_PARAMETERS = frozenset(f"{_MAPS} {_MASKS} select fraction keep_proxies fill overlay copies".split())
+"""Parameters of maps and proxies: without a proxy step they have no effect."""
+AUGMENTATIONS = ("flip", "rotate", "crop", "erase", "cutmix", "mixup")
 
 
 def derived_seed(seed: int, *labels: Any) -> int:
     """A seed in [0, 2**63) for one purpose, e.g. ``derived_seed(seed, "order", epoch)``.
 
-    Streams derived in this way are independent of each other and of how often any was drawn from, so that an arm with
-    proxy steps sees the same order and augmentation as one without, and a resumed run the same as a whole one.
+    Such streams are independent of each other and of how often any was drawn from: an arm with proxy steps sees the
+    same order and augmentation as one without, and a resumed run the same as a whole one.
     """
-    text = json.dumps([seed, *labels])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, *labels]).encode()).digest()[:8], "big") >> 1
+
+
+def _augment(value: Any) -> str:
+    """``crop, flip`` or a list -> ``flip,crop``."""
+    names = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    names = [str(name).strip().lower() for name in names]
+    for name in names if names != ["none"] else []:
+        if name not in AUGMENTATIONS or names.count(name) > 1:
+            allowed = f"must be none, or any of {', '.join(AUGMENTATIONS)} with commas between them"
+            raise ValueError(allowed + did_you_mean(name, AUGMENTATIONS))
+    return ",".join(name for name in AUGMENTATIONS if name in names) or "none"
+
+
+Name = Annotated[str, StringConstraints(to_lower=True)]
+Pretrained = bool | Annotated[str, StringConstraints(pattern=r"(?i)\.(safetensors|pth|pt)$")]
+Device = Annotated[str, StringConstraints(to_lower=True, pattern=r"(?i)^(auto|cpu|mps|cuda(:\d+)?)$")]
+Share = Annotated[float, Gt(0), Le(1)]
+Probability = Annotated[float, Ge(0), Le(1)]
 
 
 def _p(default: Any, description: str) -> Any:
     return Field(default, description=description)
 
 
-class Parameters(BaseModel):
-    """Names, types, defaults and meanings; each parameter is described here and nowhere else."""
+class Experiment(BaseModel):
+    """Everything that decides a run; frozen and flat. ParameterError where a value is not allowed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = {"frozen": True, "extra": "forbid", "allow_inf_nan": False}
+    # a folder called 101 arrives from the command line as a number
+    model_config |= {"coerce_numbers_to_str": True, "str_strip_whitespace": True, "str_min_length": 1}
 
     # data
-    dataset: Text = _p("fashion_mini", "a name from pa_core.data.names(), or folder")
-    data_dir: Text | None = _p(None, "the folder of your images, or of a torchvision dataset")
+    dataset: str = _p("fashion_mini", "a name from pa_core.data.names(), or folder")
+    data_dir: str | None = _p(None, "the folder of your images, or of a torchvision dataset")
     bad_images: Literal["refuse", "skip"] = _p("refuse", "what is done about image files that cannot be used")
     image_size: Annotated[int, Ge(16), Le(4096)] | None = _p(None, "pixels per side; none is the dataset's own")
     train_fraction: Share = _p(1.0, "share of the training images that is used, at least one per class")
     folds: Annotated[int, Ge(2), Le(1000)] = _p(5, "number of stratified folds, of which one is for validation")
     fold: Annotated[int, Ge(0)] = _p(0, "the fold for validation, counted from 0")
     # model
-    model: Text = _p("test_resnet", "any timm name")
+    model: str = _p("test_resnet", "any timm name")
     pretrained: Pretrained = _p(False, "true, false, or a weights file (.safetensors, .pth or .pt)")
     # explanation
     xai: Name = _p("gradcam++", "explanation method; docs/methods.md has all")
     xai_target: Literal["predicted", "label"] = _p("predicted", "which class is explained")
-    cam_layer: Text | None = _p(None, "a module's dotted name: CAMs use its output; none is the model's own")
+    cam_layer: str | None = _p(None, "a module's dotted name: CAMs use its output; none is the model's own")
     smooth: Literal["none", "gaussian", "eigen", "flip"] = _p("none", "how maps are smoothed")
     permute_maps: bool = _p(False, "each image gets the map of another one: the control for where is masked")
     # schedule and selection
-    schedule: Schedule = _p("5,p,5", "epochs; between them p proxy step, c forget maps, x0.3 prune, l0.1 scale lr")
+    schedule: Annotated[str, StringConstraints(min_length=0), AfterValidator(normal)] = _p(
+        "5,p,5", "epochs; between them p proxy step, c forget maps, x0.3 prune, l0.1 scale lr"
+    )
     select: Literal["misclassified", "loss", "margin", "entropy", "random", "easiest", "all"] = _p(
         "loss", "how the training images that get a map are selected"
     )
@@ -86,11 +119,13 @@ class Parameters(BaseModel):
     overlay: Literal["replace", "append", "withhold"] = _p(
         "replace", "proxies replace their originals or are appended, or the originals are left out of the loss"
     )
-    copies: Annotated[int, Ge(1)] = _p(1, "how many times each proxy is appended")
+    copies: Annotated[int, Ge(1), Le(1000)] = _p(1, "how many times each proxy is appended")
     proxy_probability: Probability = _p(1.0, "probability that a proxy is masked when a batch draws it")
     # training
     protocol: Literal["clean", "thesis", "thesis_text"] = _p("clean", "thesis and thesis_text replay the predecessor")
-    augment: Augment = _p("flip,crop", "none, or any of flip, rotate, crop, erase, cutmix, mixup")
+    augment: Annotated[str, BeforeValidator(_augment)] = _p(
+        "flip,crop", "none, or any of flip, rotate, crop, erase, cutmix, mixup"
+    )
     erase_region: Literal["anywhere", "attended", "spared"] = _p(
         "anywhere", "where erase places its rectangle: anywhere, where the map is high, or where it is low"
     )
@@ -103,7 +138,7 @@ class Parameters(BaseModel):
     weight_decay: Annotated[float, Ge(0)] = _p(1e-2, "decoupled with adamw")
     scheduler: Literal["onecycle", "cosine", "constant"] = _p("onecycle", "learning rate over the whole run")
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = _p(0.0, "share of the label that is spread over all classes")
-    batch_size: BatchSize = _p(64, "a whole number of at least 1, or auto")
+    batch_size: Annotated[int, Ge(1)] | Literal["auto"] = _p(64, "a whole number of at least 1, or auto")
     # machine
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _p("auto", "auto is bf16 or fp16 on CUDA, fp32 elsewhere")
     tf32: bool = _p(False, "float32 products in TF32, on CUDA")
@@ -111,40 +146,30 @@ class Parameters(BaseModel):
     device: Device = _p("auto", "auto, cpu, cuda, cuda:N or mps")
     compile: bool = _p(False, "torch.compile the training step")
     seed: Annotated[int, Ge(0), Lt(2**63)] = _p(0, "seeds split, initialisation, order, augmentation and masks")
-    runs_dir: Text = _p("runs", "where runs are kept; runs is the repository's folder, or $PA_RUNS")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
-        """A value as papermill, YAML or a DataFrame hands it over, in the form that the field's type reads."""
-        value = value.item() if hasattr(value, "item") else value  # numpy scalars
-        value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        name = info.field_name or ""
-        kind = cls.model_fields[name].annotation
-        members = get_args(kind) or (kind,)
-        text = value.strip().lower() if isinstance(value, str) else value
-        if isinstance(value, bool) and {int, float} & {(get_args(m) or [m])[0] for m in members}:
-            raise ValueError(f"must be {PARAMETERS[name].allowed or PARAMETERS[name].description}")  # else True is 1
-        if type(None) in members:
-            return None if text == "none" else value
-        if get_origin(kind) is Literal or bool in members and text in ("true", "false") or text == "auto":
-            return "none" if value is None else text
-        return value
-
-
-class Experiment(Parameters):
-    """Everything that decides a run; frozen and flat.
-
-    Raises:
-        ParameterError: a value is not allowed, or a name is no parameter.
-    """
+    runs_dir: str = _p("runs", "where runs are kept; runs is the repository's folder, or $PA_RUNS")
 
     def __init__(self, **values: Any):
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise _refusal(error) from None
-        _check_together(self)
+        for name, allowed in _contradictions(self):
+            raise ParameterError(name, getattr(self, name), allowed)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: Any) -> Any:
+        """A value as papermill, YAML or a DataFrame hands it over, in the form that the field's type reads."""
+        value = value.item() if hasattr(value, "item") else value  # numpy scalars
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        kind, text = cls.model_fields[info.field_name].annotation, str(value).strip().lower()
+        members = get_args(kind) or (kind,)
+        if isinstance(value, bool) and {int, float} & {(get_args(m) or [m])[0] for m in members}:
+            raise ValueError  # pydantic would read True as 1
+        if type(None) in members:
+            return None if text == "none" else value
+        return text if get_origin(kind) is Literal or text == "auto" else value
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Experiment:
@@ -152,17 +177,8 @@ class Experiment(Parameters):
         return cls(**{str(name): value for name, value in values.items()})
 
     @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str]) -> Experiment:
-        """An experiment from a YAML file of names and values."""
-        return cls.from_mapping(read_yaml(path))
-
-    @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any], *, also: Iterable[str] = ()) -> Experiment:
-        """An experiment from a notebook's variables: ``Experiment.from_notebook(globals())``.
-
-        papermill only warns about a parameter that a notebook does not have, so the names that the parameter cells
-        assigned are compared with the parameters here; ``also`` names the notebook's own extra ones.
-        """
+        """An experiment from a notebook's variables, ``globals()``; ``also`` names the notebook's own parameters."""
         refuse_unknown(namespace, [*cls.model_fields, *also])
         return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
 
@@ -172,13 +188,13 @@ class Experiment(Parameters):
 
     def plain(self) -> Experiment:
         """The plain run of equal length: the same number of epochs, and no event between them."""
-        needs_maps = {"erase_region": "anywhere", "mix_labels": "area"}
-        return self.replace(schedule=str(self.length), **needs_maps)
+        return self.replace(schedule=str(self.length), erase_region="anywhere", mix_labels="area")
 
     @property
     def length(self) -> int:
         """Training epochs of the schedule; under the predecessor's protocol ``p`` is one, too."""
-        return epochs(self.schedule, p_trains=self.protocol != "clean")
+        events = parse(self.schedule, p_trains=self.protocol != "clean")
+        return sum(event.kind == EPOCH for event in events)
 
     @property
     def keeps_all_proxies(self) -> bool:
@@ -207,21 +223,33 @@ class Experiment(Parameters):
 
     def changed(self) -> dict[str, Any]:
         """The parameters that differ from their defaults."""
-        return {k: v for k, v in self.to_dict().items() if v != Parameters.model_fields[k].default}
+        return {k: v for k, v in self.to_dict().items() if v != Experiment.model_fields[k].default}
 
     def effective(self) -> dict[str, Any]:
         """The parameters that differ from their defaults and have an effect on the result."""
-        unused = _without_effect(self)
+        count, clean = steps(self.schedule), self.protocol == "clean"
+        rules = [
+            # places, and what the data digest, the resolved image size and the weights file's digest stand for
+            (True, "data_dir device runs_dir bad_images image_size"),
+            (isinstance(self.pretrained, str), "pretrained"),
+            (not count, " ".join(PROXY_PARAMETERS)),
+            (count == 1, "keep_proxies"),
+            (not clean, "select overlay copies keep_proxies"),  # the protocol sets them
+            (clean and self.select == "all", "fraction"),
+            (clean and self.overlay != "append", "copies"),
+            (clean and self.overlay == "withhold", "fill"),
+            (not self.masks, _MASKS),
+            (not self.explains, _MAPS),
+            (self.mix_labels == "attention", "xai_target"),
+            ("erase" not in self.augmentations, "erase_region erase_probability"),
+            ("cutmix" not in self.augmentations, "mix_labels cutmix_alpha"),
+            (not self.augmentations & {"cutmix", "mixup"}, "mix_probability"),
+        ]
+        unused = {name for applies, names in rules if applies for name in names.split()}
         return {name: value for name, value in self.changed().items() if name not in unused}
 
     def digest(self, *, data: str, image_size: int, weights: str = "") -> str:
-        """The run's identity: SHA-256 (hex) of schema number, effective parameters and content.
-
-        Args:
-            data: the data digest.
-            image_size: as resolved by the dataset.
-            weights: digest of the weights file, when ``pretrained`` names one.
-        """
+        """The run's identity, SHA-256 (hex); ``weights`` is the digest of the file that ``pretrained`` names."""
         content = {"schema": SCHEMA, "parameters": self.effective(), "data": data, "image_size": image_size}
         text = json.dumps(content | {"weights": weights}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -236,128 +264,65 @@ class Experiment(Parameters):
         return self.model_dump()
 
 
-PROXY_PARAMETERS = frozenset(
-    "xai xai_target cam_layer smooth permute_maps select fraction keep_proxies mask_region threshold_mode threshold "
-    "max_share fill weight feather overlay copies proxy_probability".split()
-)
-"""Parameters of maps and proxies: without a proxy step they have no effect."""
-_MASK = frozenset("weight feather threshold threshold_mode max_share mask_region proxy_probability".split())
-_EXPLANATION = frozenset("xai xai_target cam_layer smooth permute_maps".split())
-# Places, and what the identity holds already as the data digest and the resolved image size
-_ELSEWHERE = frozenset("data_dir device runs_dir bad_images image_size".split())
-
-
-def _without_effect(e: Experiment) -> set[str]:
-    """Names of parameters whose value changes nothing in this run."""
-    unused: set[str] = set(_ELSEWHERE)
-    count = steps(e.schedule)
-    rules: list[tuple[bool, Iterable[str]]] = [
-        (not count, PROXY_PARAMETERS),
-        (count == 1, {"keep_proxies"}),
-        (e.protocol != "clean", {"select", "overlay", "copies", "keep_proxies"}),  # the protocol sets them
-        (e.protocol == "clean" and e.select == "all", {"fraction"}),
-        (e.protocol == "clean" and e.overlay != "append", {"copies"}),
-        (not e.masks, _MASK),
-        (e.protocol == "clean" and e.overlay == "withhold", {"fill"}),
-        (not e.explains, _EXPLANATION),
-        (e.mix_labels == "attention", {"xai_target"}),
-        ("erase" not in e.augmentations, {"erase_region", "erase_probability"}),
-        ("cutmix" not in e.augmentations, {"mix_labels", "cutmix_alpha"}),
-        (not e.augmentations & {"cutmix", "mixup"}, {"mix_probability"}),
-        (isinstance(e.pretrained, str), {"pretrained"}),  # the file's content counts, see `digest`
-    ]
-    for applies, names in rules:
-        unused |= set(names) if applies else set()
-    return unused
-
-
-def _check_together(e: Experiment) -> None:
-    """Refuse values that are allowed alone and not together."""
-    has_steps = steps(e.schedule) > 0
-    kinds = [event.kind for event in parse(e.schedule, p_trains=e.protocol != "clean")]
+def _contradictions(e: Experiment) -> Iterator[tuple[str, str]]:
+    """(name, what it must be) of values that are allowed alone and not together."""
+    clean, has_steps = e.protocol == "clean", steps(e.schedule) > 0
+    kinds = [event.kind for event in parse(e.schedule, p_trains=not clean)]
     if e.fold >= e.folds:
-        raise ParameterError("fold", e.fold, f"must be 0 to {e.folds - 1} for folds={e.folds}")
+        yield "fold", f"must be 0 to {e.folds - 1} for folds={e.folds}"
     if PROXY in kinds[: kinds.index(EPOCH)] and e.pretrained is False:
-        allowed = "must begin with epochs, or have pretrained weights: an untrained network has learnt nothing yet"
-        raise ParameterError("schedule", e.schedule, allowed)
-    if e.protocol != "clean" and set(kinds) - {EPOCH, PROXY}:
-        raise ParameterError("schedule", e.schedule, f"must hold epochs and p alone with protocol={e.protocol!r}")
+        yield "schedule", "must begin with epochs, or have pretrained weights: an untrained network has learnt nothing"
+    if not clean and set(kinds) - {EPOCH, PROXY}:
+        yield "schedule", f"must hold epochs and p alone with protocol={e.protocol!r}"
     if e.threshold > 1 and e.threshold_mode != "deviations":
-        raise ParameterError(
-            "threshold", e.threshold, f"must be a number from 0 to 1 with threshold_mode={e.threshold_mode!r}"
-        )
+        yield "threshold", f"must be a number from 0 to 1 with threshold_mode={e.threshold_mode!r}"
+    everything = e.select == "all" or (e.fraction == 1 and e.select != "misclassified")
+    if clean and has_steps and e.overlay == "withhold" and everything:
+        yield "overlay", "must be replace or append where all images are selected, or none is left to train on"
     for name, neutral, needed in (("erase_region", "anywhere", "erase"), ("mix_labels", "area", "cutmix")):
-        value = getattr(e, name)
-        if value != neutral and (needed not in e.augmentations or not has_steps):
-            allowed = f"must be {neutral}, or have maps: augment with {needed} and a schedule with p"
-            raise ParameterError(name, value, allowed)
+        if getattr(e, name) != neutral and (needed not in e.augmentations or not has_steps):
+            yield name, f"must be {neutral}, or have maps: augment with {needed} and a schedule with p"
 
 
-# What a value must be, in words
+Parameter = namedtuple("Parameter", "name default description allowed choices")
+"""One parameter as the documentation and the notebooks show it; ``allowed`` is empty where the description says it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parameter:
-    """One parameter as the documentation and the notebooks show it."""
-
-    name: str
-    default: Any
-    description: str
-    allowed: str
-    choices: tuple[str, ...]
-
-
-def _described(name: str, field: Any) -> Parameter:
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    allowed = f"one of {', '.join(choices)}" if choices else _range(field.annotation, field.metadata)
-    return Parameter(name=name, default=field.default, description=field.description, allowed=allowed, choices=choices)
-
-
-def _range(kind: Any, metadata: Sequence[Any]) -> str:
-    """``a number above 0, at most 1``; empty for a text."""
-    if type(None) in get_args(kind):
-        inner = get_args(kind)[0]
-        words = _range(get_args(inner)[0], inner.__metadata__)
-        return words and f"{words}, or none"
-    if kind is bool:
-        return "true or false"
-    if kind not in (int, float):
+def _allowed(field: dict[str, Any]) -> str:
+    """A field of the JSON schema -> ``a number above 0, at most 1``."""
+    if "enum" in field:
+        return f"one of {', '.join(field['enum'])}"
+    field, *others = field.get("anyOf", [field])
+    word = {"boolean": "true or false", "integer": "a whole number", "number": "a number"}.get(field["type"], "")
+    if not word or others not in ([], [{"type": "null"}]):
         return ""
-    words = {Gt: "above", Ge: "of at least", Lt: "below", Le: "at most"}
-    bounds = [f"{words[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in metadata if type(m) in words]
-    return ("a number " if kind is float else "a whole number ") + ", ".join(bounds)
+    bounds = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "at most"}
+    limits = ", ".join(f"{bounds[key]} {field[key]}" for key in bounds if key in field)
+    return f"{word} {limits}".strip() + ", or none" * len(others)
 
 
-PARAMETERS: dict[str, Parameter] = {name: _described(name, field) for name, field in Parameters.model_fields.items()}
+PARAMETERS: dict[str, Parameter] = {
+    name: Parameter(name, field["default"], field["description"], _allowed(field), tuple(field.get("enum", ())))
+    for name, field in Experiment.model_json_schema()["properties"].items()
+}
 """All parameters, in the order in which they are shown."""
-SELECT, FILLS = PARAMETERS["select"].choices, PARAMETERS["fill"].choices
-
-
-def check(name: str, value: Any) -> Any:
-    """One parameter's value in the form in which an experiment keeps it.
-
-    Raises:
-        ParameterError: the value is not allowed, or there is no such parameter.
-    """
-    try:
-        return getattr(Parameters(**{name: value}), name)
-    except ValidationError as error:
-        raise _refusal(error) from None
+FILLS = PARAMETERS["fill"].choices
 
 
 def _refusal(error: ValidationError) -> ParameterError:
     """The first thing that pydantic found, in one sentence."""
     first = error.errors()[0]
-    name, value = str(first["loc"][0]), first["input"]
+    name, value, reason = str(first["loc"][0]), first["input"], str(first.get("ctx", {}).get("error", ""))
     if name not in PARAMETERS:
-        return unknown(name, value, PARAMETERS)
-    known, reason = PARAMETERS[name], first.get("ctx", {}).get("error")
-    allowed = str(reason) if reason else f"must be {known.allowed or known.description}"
+        return _unknown(name, value, PARAMETERS)
+    known = PARAMETERS[name]
+    if first["type"] in ("string_type", "string_too_short"):
+        reason = "must be a text that is not empty: quote it where YAML would take it apart"
+    allowed = reason or f"must be {known.allowed or known.description}"
     return ParameterError(name, value, allowed + did_you_mean(value, known.choices))
 
 
-def unknown(name: str, value: Any, known: Iterable[str]) -> ParameterError:
-    """Why a name that is no parameter is refused, with the nearest one."""
+def _unknown(name: str, value: Any, known: Iterable[str]) -> ParameterError:
     allowed = f"must be a parameter's name{did_you_mean(name, known)}; docs/parameters.md lists them"
     return ParameterError(name, value, allowed)
 
@@ -372,28 +337,16 @@ def markdown() -> str:
 
 
 def refuse_unknown(namespace: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse a name that a notebook's parameter cells assign and that is not known."""
-    names = list(known)
-    for name in _assigned(namespace.get("In", [])):
-        if name not in names:
-            raise unknown(name, namespace.get(name), names)
+    """Refuse a name that a notebook's parameter cells assign and that is not known: papermill would only warn.
 
-
-def assigned(source: str) -> list[str]:
-    """Names that the top level of a cell assigns."""
-    names = []
-    for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
-    return names
-
-
-def _assigned(history: list[str]) -> list[str]:
-    """Names assigned by the last parameter cell(s) in an IPython history.
-
-    Parameter cells begin with ``# Parameters``. papermill puts its own one, of just that line and assignments, after
-    the notebook's, so then the one before counts too.
+    They begin with ``# Parameters``. papermill puts its own one, of just that line and assignments, after the
+    notebook's: then the one before counts too.
     """
-    cells = [source for source in history if source.lstrip().startswith("# Parameters")]
-    injected = bool(cells) and cells[-1].lstrip().splitlines()[0].strip() == "# Parameters"
-    return [name for source in (cells[-2:] if injected else cells[-1:]) for name in assigned(source)]
+    names = list(known)
+    cells = [source.lstrip() for source in namespace.get("In", []) if source.lstrip().startswith("# Parameters")]
+    injected = bool(cells) and re.match(r"# Parameters\s*\n", cells[-1])
+    for source in cells[-2:] if injected else cells[-1:]:
+        for symbol in symtable.symtable(source, "parameters", "exec").get_symbols():
+            name = symbol.get_name()
+            if symbol.is_assigned() and name not in names:
+                raise _unknown(name, namespace.get(name), names)

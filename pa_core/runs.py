@@ -1,30 +1,24 @@
 """A run on disk: directory, manifest, metrics, checkpoint.
 
     manifest.json        parameters, digest, status, versions, device, threads, split and data digests
-    metrics.jsonl        a line per epoch
-    summary.json         written once, at the end
-    classes.csv          per class on the test images: precision, recall, F1, support
-    predictions.csv      per test image: id, label, predicted, confidence
+    metrics.jsonl        a line per epoch; tensorboard/ has the same
+    summary.json         written once, at the end, and so are classes.csv and predictions.csv
     checkpoint.pt        while it trains; weights.safetensors once it is done
     proxies/step_1/      of a proxy step: maps.npy, positions.npy, proxies.csv, and the first proxies as proxies.png
-    tensorboard/
 
-Every file is replaced as a whole, so that a reader or a killed process finds the old or the new one. The directory's
-name holds the run's digest and the code version: a run that other code made is never found in its place, and made anew
-beside it.
+Every file is replaced as a whole: a reader or a killed process finds the old or the new one. The directory's name holds
+the run's digest and the code version: a run that other code made is never found in its place, and made anew beside it.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import json
 import os
-import pickle
 import platform
 import subprocess
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,7 +29,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from pa_core import models
 from pa_core.errors import RunError
@@ -54,10 +48,9 @@ class Run:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Run:
         """Open an existing run; RunError where there is no manifest in the directory."""
-        run = cls(Path(path))
-        if not (run.path / "manifest.json").is_file():
+        if not (Path(path) / "manifest.json").is_file():
             raise RunError(f"{path} is no run directory: it has no manifest.json")
-        return run
+        return cls(Path(path))
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -142,9 +135,12 @@ def update_manifest(path: Path, **changes: Any) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    # given a path, torch writes by itself, and a full disk would be a RuntimeError about positions in the archive
-    with replacing(path / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
+    """Write ``checkpoint.pt``: what torch saves, and its SHA-256 behind it, because torch compares no checksum."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    content.write(hashlib.sha256(content.getbuffer()).digest())
+    with replacing(path / "checkpoint.pt") as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path: Path, log: Callable[[str], None] = print) -> dict[str, Any] | None:
@@ -152,16 +148,10 @@ def load_checkpoint(path: Path, log: Callable[[str], None] = print) -> dict[str,
     file = path / "checkpoint.pt"
     if not file.is_file():
         return None
-    broken = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # torch.save writes checksums that torch.load does not compare
-        if damaged is None:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        reason = f"the checksum of {damaged} is wrong"
-    except (*broken, OSError) as error:
-        reason = " ".join(str(error).split()[:12]) or type(error).__name__
-    log(f"{shown(file)} is damaged ({reason}); the run starts over")
+    content = file.read_bytes()
+    if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+        return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
+    log(f"{shown(file)} is damaged (its checksum is wrong); the run starts over")
     file.unlink()
     return None
 
@@ -175,10 +165,7 @@ def save_weights(path: Path, network: torch.nn.Module) -> None:
     state = models.plain_state(network)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     with replacing(path / "weights.safetensors") as temporary:
-        save_file(tensors, temporary)
-
-
-# Where a run came from
+        temporary.write_bytes(save(tensors))
 
 
 @cache
@@ -188,19 +175,22 @@ def code_version() -> str:
     for file in sorted(package.rglob("*.py")):
         name = file.relative_to(package)
         if name.parts[0] != "lab":
-            digest.update(f"{name.as_posix()}\0{_code(file.read_text(encoding='utf-8'))}\0".encode())
+            digest.update(f"{name.as_posix()}\0{_form(ast.parse(file.read_bytes()))}\0".encode())
     return digest.hexdigest()[:16]
 
 
-def _code(source: str) -> str:
-    """A module's code in one form: without comments, blank lines and docstrings."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            kept = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-            node.body = kept or [ast.Pass()]  # pyright: ignore
-    return ast.unparse(tree)
+def _form(node: Any) -> Any:
+    """A syntax tree as nested lists, without positions, docstrings and empty fields, which differ between Pythons."""
+    if isinstance(node, list):
+        return [_form(n) for n in node if not (type(n) is ast.Expr and type(n.value) is ast.Constant)]
+    if not isinstance(node, ast.AST):
+        return node
+    form: list[Any] = [type(node).__name__]
+    for name in node._fields:
+        value = getattr(node, name)
+        if value is not None and value != [] and name != "ctx":
+            form += (name, _form(value))
+    return form
 
 
 @cache
@@ -223,7 +213,6 @@ def now() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    cuda = device.type == "cuda"
-    return (
-        torch.cuda.get_device_name(device) if cuda else "mps" if device.type == "mps" else f"CPU {platform.machine()}"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "mps" if device.type == "mps" else f"CPU {platform.machine()}"

@@ -1,16 +1,14 @@
 """A schedule such as ``5,p,9,x0.3,4`` as a flat list of events.
 
 Numbers are epochs of training. Between them stand events that take no epoch: ``p`` proxy step; ``c`` forget all maps;
-``x0.3`` prune this share of the weights that are left; ``l0.1`` multiply the learning rate from here on.
-
-The predecessor's protocol is the exception: there ``p`` trains for an epoch, too, and makes its proxies at its end
-(``p_trains``).
+``x0.3`` prune this share of the weights that are left; ``l0.1`` multiply the learning rate from here on. Only under the
+predecessor's protocol (``p_trains``) does ``p`` train for an epoch, too, and make its proxies at its end.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 EPOCH, PROXY, CLEAR, PRUNE, LR = "epoch", "proxy", "clear", "prune", "lr"
 LETTERS = {"p": PROXY, "c": CLEAR, "x": PRUNE, "l": LR}
@@ -20,31 +18,16 @@ BELOW = {PRUNE: 1.0, LR: 1e6}
 TOKENS = "numbers of epochs (1 to 99999), p, c, x0.3 and l0.1 with commas between them, such as 5,p,5"
 
 
-class ScheduleError(ValueError):
-    """The schedule is refused; the message points at the bad token."""
+class Event(NamedTuple):
+    """One epoch, or one event between epochs."""
 
-
-@dataclass(frozen=True)
-class Event:
-    """One epoch, or one event between epochs.
-
-    Attributes:
-        kind: epoch, proxy, clear, prune or lr.
-        value: the share of ``prune``, the factor of ``lr``; else 0.
-        stage: index of the stage (the epochs of one number, counted from 0) that the event is in, or comes after.
-    """
-
-    kind: str
-    value: float = 0.0
-    stage: int = 0
+    kind: str  # epoch, proxy, clear, prune or lr
+    value: float = 0.0  # the share of prune, the factor of lr
+    stage: int = 0  # the epochs of one number, counted from 0, that the event is in or comes after
 
 
 def parse(text: str, *, p_trains: bool = False) -> tuple[Event, ...]:
-    """``"2,p,1"`` -> epoch, epoch, proxy, epoch.
-
-    Raises:
-        ScheduleError: a token is unknown or out of its range, or stands where it would have no effect.
-    """
+    """``"2,p,1"`` -> epoch, epoch, proxy, epoch. ValueError where a token is unknown or would have no effect."""
     events: list[Event] = []
     stage = -1
     for kind, value in _tokens(text):
@@ -60,12 +43,7 @@ def normal(text: str) -> str:
     """A schedule in its canonical form: ``" 5,P, x0.50"`` -> ``"5,p,x0.5"``. Raises as :func:`parse`."""
     letters = {kind: letter for letter, kind in LETTERS.items()}
     numbers = [(kind, str(value).removesuffix(".0") if value else "") for kind, value in _tokens(text)]
-    return ",".join(f"{letters.get(kind, '')}{number}" for kind, number in numbers)
-
-
-def epochs(text: str, *, p_trains: bool = False) -> int:
-    """Number of training epochs: ``epochs("5,p,9") == 14``, and 15 where ``p`` trains."""
-    return sum(event.kind == EPOCH for event in parse(text, p_trains=p_trains))
+    return ",".join(letters.get(kind, "") + number for kind, number in numbers)
 
 
 def steps(text: str) -> int:
@@ -77,25 +55,24 @@ def _tokens(text: str) -> list[tuple[str, float]]:
     """(kind, value) of each token, checked."""
     words = [word.strip().lower() for word in text.split(",")]
     if words == [""]:
-        raise ScheduleError(f"must not be empty: {TOKENS}")
-    tokens: list[tuple[str, float]] = []
-    for i, word in enumerate(words):
-        kind, value = _token(word)
-        before = [known for known, _ in tokens]
-        after = [following for following in words[i + 1 :] if following.isdigit()]
+        raise ValueError(f"must not be empty: {TOKENS}")
+    tokens = [_token(word) for word in words]
+    kinds = [kind for kind, _ in tokens]
+    for i, kind in enumerate(kinds):
+        before, allowed = kinds[:i], ""
         if not kind:
-            raise _at(words, i, f"must be one of {TOKENS}")
-        if kind not in (EPOCH, PRUNE) and not after:
-            raise _at(words, i, "must have an epoch after it, or it has no effect")
-        if kind == PROXY and before[-1:] == [PROXY]:
-            raise _at(words, i, "must not be a proxy step right after another")
-        if kind == CLEAR and PROXY not in before:
-            raise _at(words, i, "must have a proxy step before it, or there are no maps to forget")
-        if kind == CLEAR and EPOCH not in before[::-1][: before[::-1].index(PROXY)]:
-            raise _at(words, i, "must have an epoch between it and the proxy step, or that one has no effect")
-        tokens.append((kind, value))
-    if EPOCH not in [kind for kind, _ in tokens]:
-        raise ScheduleError("must have at least one epoch of training, such as 5,p,5")
+            allowed = f"must be one of {TOKENS}"
+        elif kind not in (EPOCH, PRUNE) and EPOCH not in kinds[i:]:
+            allowed = "must have an epoch after it, or it has no effect"
+        elif kind == PROXY and before[-1:] == [PROXY]:
+            allowed = "must not be a proxy step right after another"
+        elif kind == CLEAR and (PROXY not in before or EPOCH not in before[::-1][: before[::-1].index(PROXY)]):
+            allowed = "must have a proxy step before it and an epoch between, or it has no effect"
+        if allowed:
+            marked = ",".join([*words[:i], f"[{words[i]}]", *words[i + 1 :]])
+            raise ValueError(f"token {i + 1} of {marked} {allowed}")
+    if EPOCH not in kinds:
+        raise ValueError("must have at least one epoch of training, such as 5,p,5")
     return tokens
 
 
@@ -108,8 +85,3 @@ def _token(word: str) -> tuple[str, float]:
         return ("" if number else kind), 0.0
     numeric = re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", number)
     return (kind, float(number)) if numeric and 0 < float(number) < BELOW[kind] else ("", 0.0)
-
-
-def _at(words: list[str], i: int, allowed: str) -> ScheduleError:
-    marked = ",".join(f"[{word}]" if j == i else word for j, word in enumerate(words))
-    return ScheduleError(f"token {i + 1} of {marked} {allowed}")

@@ -10,9 +10,8 @@ from pa_core import batch, masking, proxy, train
 from pa_core.attribution import upsampled
 from pa_core.augment import generators
 from pa_core.batch import Pool
-from pa_core.coerce import AUGMENTATIONS
 from pa_core.data import Part
-from pa_core.params import FILLS, Experiment
+from pa_core.params import AUGMENTATIONS, FILLS, Experiment
 from pa_core.proxy import Step
 
 N, SIZE, CLASSES = 8, 8, 4

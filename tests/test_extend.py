@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = re.findall(
     r"^## (.+?)\n.*?^```diff\n(.*?)^```\n.*?^```python\n(.*?)^```", (ROOT / "docs/extend.md").read_text(), re.M | re.S
 )
-NAMES = {"pa_core/params.py", "pa_core/coerce.py"}
+NAMES = {"pa_core/params.py"}
 """Where lists of names stand."""
 BEFORE = """
 from pa_core.experiment import run

@@ -13,7 +13,8 @@ import pytest
 
 from pa_core import params
 from pa_core.errors import ParameterError
-from pa_core.params import PARAMETERS, Experiment, check, derived_seed
+from pa_core.files import read_yaml
+from pa_core.params import PARAMETERS, Experiment, derived_seed
 
 
 @pytest.mark.parametrize(
@@ -49,9 +50,9 @@ from pa_core.params import PARAMETERS, Experiment, check, derived_seed
     ids=str,
 )
 def test_values_are_kept_in_one_form(given, kept):
-    ((name, value),) = given.items()
-    for made in (getattr(Experiment(**given), name), check(name, value)):
-        assert made == kept and type(made) is type(kept)
+    (name,) = given
+    made = getattr(Experiment(**given), name)
+    assert made == kept and type(made) is type(kept)
 
 
 ONE_OF = "must be one of "
@@ -74,7 +75,7 @@ BAD = [
     ("permute_maps", 2, "true or false"),
     ("permute_maps", None, "true or false"),
     ("schedule", "5,,p", "token 2 of 5,[],p"),
-    ("schedule", None, "must not be empty"),
+    ("schedule", None, "must be a text that is not empty"),
     ("schedule", -1, "token 1 of [-1]"),
     ("schedule", ["5", "p", "5"], "quote it"),
     ("schedule", "p,5", "must begin with epochs, or have pretrained weights"),
@@ -94,7 +95,8 @@ BAD = [
     ("feather", 1.5, "a whole number of at least 0, at most 4096"),
     ("feather", True, "a whole number"),
     ("overlay", "apend", ONE_OF + "replace, append, withhold (did you mean 'append'?)"),
-    ("copies", 0, "a whole number of at least 1"),
+    ("copies", 0, "a whole number of at least 1, at most 1000"),
+    ("copies", 1001, "a whole number of at least 1, at most 1000"),
     ("copies", 1.5, "a whole number of at least 1"),
     ("proxy_probability", 1.1, "a number of at least 0, at most 1"),
     ("proxy_probability", "often", "a number"),
@@ -145,7 +147,8 @@ def test_bad_values_are_refused_in_one_sentence(name, value, words):
 
 def test_every_parameter_has_a_bad_value_and_a_default_that_is_allowed():
     assert {name for name, _, _ in BAD} == set(PARAMETERS) == set(Experiment().to_dict())
-    assert all(check(name, p.default) == p.default and p.description for name, p in PARAMETERS.items())
+    for name, p in PARAMETERS.items():
+        assert getattr(Experiment(**{name: p.default}), name) == p.default and p.description
 
 
 def test_what_is_refused_together_is_allowed_in_its_place():
@@ -162,16 +165,27 @@ def test_what_is_refused_together_is_allowed_in_its_place():
         "erase_region": dict(erase_region="spared", augment="erase", schedule="5"),
         "mix_labels": dict(mix_labels="attention", augment="cutmix", schedule="5"),
         "schedule": dict(protocol="thesis", schedule="5,x0.3"),
+        "overlay": dict(overlay="withhold", select="all"),
     }.items():
         with pytest.raises(ParameterError, match=f"invalid {name}="):
             Experiment(**values)
+
+
+def test_withholding_all_images_is_refused():
+    words = "^invalid overlay='withhold': must be replace or append where all images are selected, or none is left"
+    for everything in (dict(select="all"), dict(fraction=1), dict(select="random", fraction=1)):
+        with pytest.raises(ParameterError, match=words):
+            Experiment(overlay="withhold", **everything)
+        for others in (dict(schedule="5"), dict(protocol="thesis"), dict(overlay="append")):  # none is withheld
+            Experiment(**dict(overlay="withhold") | everything | others)
+    Experiment(overlay="withhold", select="misclassified", fraction=1)
 
 
 def test_unknown_names_are_refused_with_the_nearest():
     with pytest.raises(ParameterError, match=r"treshold=0.9: .*\(did you mean 'threshold'\?\)"):
         Experiment.from_mapping({"treshold": 0.9})
     with pytest.raises(ParameterError, match="did you mean 'overlay'"):
-        check("overlai", "append")
+        Experiment(overlai="append")
     for gone in ("store", "rerun", "until_step"):
         with pytest.raises(ParameterError, match="must be a parameter's name"):
             Experiment(**{gone: None})
@@ -180,7 +194,7 @@ def test_unknown_names_are_refused_with_the_nearest():
 def test_yaml_and_dataframes(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("lr: 1e-3\nschedule: 5,p,5\nxai: gradcam++\nfill: none\npermute_maps: yes\ndata_dir: null\n")
-    e = Experiment.from_yaml(file)
+    e = Experiment.from_mapping(read_yaml(file))
     assert (e.lr, e.schedule, e.xai, e.fill, e.permute_maps) == (0.001, "5,p,5", "gradcam++", "none", True)
     table = pd.DataFrame([Experiment(seed=seed, data_dir=None).to_dict() for seed in range(2)])
     assert Experiment.from_mapping(table.iloc[1].to_dict()) == Experiment(seed=1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pa_core import schedule
-from pa_core.schedule import Event, ScheduleError
+from pa_core.params import Experiment
+from pa_core.schedule import Event
 
 
 def test_events_by_hand():
@@ -38,9 +39,10 @@ def test_the_predecessors_p_trains_for_an_epoch_that_is_a_stage_of_its_own():
 
 
 def test_lengths():
-    assert (schedule.epochs("5,p,9,p,4"), schedule.steps("5,p,9,p,4"), schedule.steps("18,x0.3")) == (18, 2, 0)
+    assert (schedule.steps("5,p,9,p,4"), schedule.steps("18,x0.3")) == (2, 0)
+    assert Experiment(schedule="5,p,9,p,4").length == 18
     for text in ("18", "9,p,8", "3,p,4,p,4,p,4"):
-        assert schedule.epochs(text, p_trains=True) == 18
+        assert Experiment(schedule=text, protocol="thesis").length == 18
 
 
 @pytest.mark.parametrize(
@@ -84,13 +86,13 @@ def test_one_form(written, kept):
         ("5,p,5,c", "token 4 of 5,p,5,[c] must have an epoch after it"),
         ("p,p,5", "token 2 of p,[p],5 must not be a proxy step right after another"),
         ("5,c,5", "token 2 of 5,[c],5 must have a proxy step before it"),
-        ("5,p,c,5", "token 3 of 5,p,[c],5 must have an epoch between"),
+        ("5,p,c,5", "token 3 of 5,p,[c],5 must have a proxy step before it and an epoch between"),
         ("5,p,1,p,l0.1,c,5", "token 6"),
         ("x0.3", "must have at least one epoch"),
     ],
 )
 def test_refusals_point_at_the_token(text, words):
     for function in (schedule.parse, schedule.normal):
-        with pytest.raises(ScheduleError) as caught:
+        with pytest.raises(ValueError) as caught:
             function(text)
         assert words in str(caught.value)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11.0", "3.11.9", "3.12.0", "3.13.0")
 PLATFORMS = ("linux", "darwin", "win32")
 CHAIN = (
-    "errors files schedule coerce params data models attribution masking selection augment batch device metrics runs "
+    "errors files schedule params data models attribution masking selection augment batch device metrics runs "
     "train proxy protocol experiment lab"
 ).split()
 PACKAGES = {

@@ -14,7 +14,7 @@ from PIL import Image
 from pa_core import experiment, masking, train
 from pa_core.attribution import heatmaps
 from pa_core.errors import ParameterError, RunError
-from pa_core.files import home
+from pa_core.files import home, read_yaml
 from pa_core.lab import results, statistics, study, sweep
 from pa_core.models import create
 from pa_core.params import SCHEMA, Experiment
@@ -61,7 +61,7 @@ def test_the_primary_study_has_its_arms_contrasts_and_seeds():
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_an_arms_file_alone_is_the_studys_run(path):
     name = path.relative_to(FOLDER).parts[0]
-    alone = Experiment.from_yaml(path).replace(seed=3)
+    alone = Experiment.from_mapping(read_yaml(path)).replace(seed=3)
     assert alone in [job.experiment for job in study.read(name).sweep.jobs]
 
 
@@ -98,7 +98,7 @@ def test_all_arms_get_the_same_split_draws_steps_and_learning_rates(folder, tmp_
     small |= {"seed": 1, "runs_dir": str(tmp_path / "runs")}
     seen = {}
     for path in sorted((FOLDER / "a").glob("*.yaml")):
-        e = Experiment.from_yaml(path)
+        e = Experiment.from_mapping(read_yaml(path))
         orders.clear()
         run = experiment.run(e.replace(schedule=SHORT[e.schedule], **small), **QUIET)
         seen[path.stem] = {name: run.manifest[name] for name in ("split_digest", "batch_size")}

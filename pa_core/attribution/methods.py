@@ -55,7 +55,7 @@ def check(method: str, *, smooth: str = "none", model: Classifier | None = None)
     Without a model only what holds for every one is checked. ParameterError names what works.
     """
     method = resolve(method)
-    if params.check("smooth", smooth) == "eigen" and method not in CAMS:
+    if params.Experiment(smooth=smooth).smooth == "eigen" and method not in CAMS:
         allowed = f"must be none, gaussian or flip with xai={method}; eigen takes the channels of a CAM: "
         raise ParameterError("smooth", smooth, allowed + ", ".join(CAMS))
     if model is not None and (why := reason(method, model)):

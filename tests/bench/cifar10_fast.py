@@ -17,6 +17,7 @@ from scipy import stats
 
 from pa_core.device import resolve_device
 from pa_core.experiment import run
+from pa_core.files import read_yaml
 from pa_core.params import Experiment
 from pa_core.runs import Run
 from tests.bench import harness
@@ -29,7 +30,7 @@ REDUCED_RECIPE = REDUCED | {"batch_size": 64, "lr": 0.1}
 
 def contenders(data: str | None, device: torch.device) -> dict[str, Experiment]:
     where = {"device": str(device)} | ({"dataset": "folder", "data_dir": data} if data else {})
-    recipe = Experiment.from_yaml(RECIPE).replace(**where)
+    recipe = Experiment.from_mapping(read_yaml(RECIPE)).replace(**where)
     same = ("dataset", "data_dir", "image_size", "folds", "schedule", "augment", "device")
     plain = Experiment(model="resnet18", **{name: getattr(recipe, name) for name in same})
     if device.type != "cuda":
