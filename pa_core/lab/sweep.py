@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pa_core.errors import ParameterError, RunError, did_you_mean
 from pa_core.files import home, read_json, read_yaml, runs_home, shown
 from pa_core.lab import notebooks
-from pa_core.params import PARAMETERS, Experiment, assigned
+from pa_core.params import PARAMETERS, Experiment
 
 TO_DO, STALE, FINISHED, FAILED = "to do", "stale", "finished", "failed"
 Log = Callable[[str], None]
@@ -258,7 +259,7 @@ def _make(sweep: Sweep, todo: list[Job], folder: Path, log: Log, **where: Any) -
     from pa_core.lab.workers import pool
 
     futures, started, cpu = {}, time.perf_counter(), all(job.experiment.device == "cpu" for job in todo)
-    has_figures = sweep.notebook and "figures_dir" in assigned(notebooks.parameters_source(sweep.notebook))
+    has_figures = sweep.notebook and re.search(r"^figures_dir\b", notebooks.parameters_source(sweep.notebook), re.M)
     with pool(len(todo), cpu, log, **where) as submit:
         for number, job in enumerate(todo):
             place = folder / str(number)
