@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from pa_core import data, experiment, proxy
@@ -238,15 +239,14 @@ def test_the_figures_of_studies():
     runs = pd.DataFrame(rows, columns=statistics.RUN_COLUMNS)
     table = statistics.compare(runs, reference="plain", declared=[statistics.Contrast.parse("one - two")])
     figure, shown = figures.forest(table)
-    dots = {line.get_xdata()[0]: line.get_color() for line in figure.axes[0].lines if line.get_marker() == "o"}
-    assert list(dots) == pytest.approx(list(100 * shown["difference"])) and len(shown) == 3
-    assert [c == figures.DECLARED for c in dots.values()] == list(shown["declared"])
+    dots = figure.axes[0].collections[-1]
+    assert list(dots.get_offsets()[:, 0]) == pytest.approx(list(100 * shown["difference"])) and len(shown) == 3
+    colours = [to_hex(colour) for colour in dots.get_facecolors()]
+    assert [c == figures.DECLARED for c in colours] == list(shown["declared"])
     assert any("within 0.5 points" in text.get_text() for text in figure.legends[0].get_texts())
-    plain = shown[shown["against"] == "plain"]
-    figure, _ = figures.one_at_a_time(
-        plain, around="one", values={"lr": {"one": "0.1", "two": "0.2"}, "fill": {"one": "mean"}}
-    )
-    drawn = [[line.get_ydata()[0] for line in ax.lines if line.get_marker() == "o"] for ax in figure.axes]
+    plain, values = shown[shown["against"] == "plain"], {"lr": {"one": "0.1", "two": "0.2"}, "fill": {"one": "mean"}}
+    figure, _ = figures.forest(plain, around="one", values=values)
+    drawn = [list(ax.collections[-1].get_offsets()[:, 0]) for ax in figure.axes]
     points = 100 * plain.set_index("arm")["difference"]
     assert drawn[0] == pytest.approx([points["one"], points["two"]]) and drawn[1] == pytest.approx([points["one"]])
     parts = statistics.decompose(runs, [{"arm": "two", "unmasked": "one", "honest": "plain"}])
@@ -269,7 +269,7 @@ def test_an_album_keeps_figure_data_and_provenance(pair, tmp_path):
     content = json.loads(path.with_suffix(".json").read_text())
     assert [run["run"] for run in content["runs"]] == [pair[0].path.name, pair[1].path.name]
     assert content["code_versions"] == [pair[0].manifest["code_version"]] and content["command"] == "papermill x"
-    assert figures.figures_home() == home() / "figures/quick"
+    assert figures.Album(command="").folder == home() / "figures/quick"
     (tmp_path / "file").write_text("")
     with pytest.raises(ParameterError, match="invalid figures_dir=.*must be a writable folder"):
         figures.Album(figures_dir=str(tmp_path / "file" / "x"), command="")
