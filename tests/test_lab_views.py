@@ -92,7 +92,7 @@ def test_a_run_opens_again_as_the_classifier_that_was_tested(trained):
 DATA = ("dataset", "data_dir", "bad_images", "image_size", "train_fraction", "folds", "fold", "seed")
 
 
-def test_the_worst_images_are_scored_once_and_proxies_explain_only_those_shown(pair):
+def test_the_worst_images_come_first_and_proxies_explain_only_those_shown(pair):
     opened = explore.reopen(pair[1], dataset=prepare(pair[1].experiment).dataset)
     before = opened.dataset.train.reads
     made = opened.proxies(count=4)
@@ -103,8 +103,6 @@ def test_the_worst_images_are_scored_once_and_proxies_explain_only_those_shown(p
     assert made.mask.float().mean((1, 2)).tolist() == pytest.approx([0.25] * 4, abs=0.01)
     positions, scores = opened.worst(count=5)
     assert scores.loss[positions].tolist() == sorted(scores.loss.tolist(), reverse=True)[:5]
-    reads = opened.dataset.train.reads
-    assert torch.equal(opened.worst(count=3)[0], positions[:3]) and opened.dataset.train.reads == reads
     other = explore.reopen(pair[1], pair[1].experiment.replace(fill="blur"))
     assert torch.equal(other.proxies(count=4).mask, made.mask)
     assert not torch.equal(other.proxies(count=4).images, made.images)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -35,16 +34,12 @@ class Reopened:
     model: models.Classifier
     device: torch.device
 
-    @cached_property
-    def scores(self) -> selection.Scores:
-        """Of all training images, by one pass that is made once."""
-        logits = evaluate(self.model, Pool.of(self.dataset.train), device=self.device, dtype=torch.float32).logits
-        return selection.score(logits, self.dataset.train.labels)
-
     def worst(self, count: int = 16) -> tuple[Tensor, selection.Scores]:
         """The training images that a proxy step would select first now: positions int64 [count], and all scores."""
-        e, seed = self.experiment, derived_seed(self.experiment.seed, "proxy step", 1)
-        return selection.select(self.scores, by=e.select, fraction=e.fraction, seed=seed)[:count], self.scores
+        e, part = self.experiment, self.dataset.train
+        logits = evaluate(self.model, Pool.of(part), device=self.device, dtype=torch.float32).logits
+        scores, seed = selection.score(logits, part.labels), derived_seed(e.seed, "proxy step", 1)
+        return selection.select(scores, by=e.select, fraction=e.fraction, seed=seed)[:count], scores
 
     def proxies(self, count: int = SHOWN) -> Proxies:
         """Proxies by the trained network of the images that the run's last proxy step selected first, on the CPU.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import pandas as pd
 import torch
@@ -34,7 +34,6 @@ Labelled = Mapping[str, Any]
 # One colour per meaning (Okabe & Ito 2008)
 PLAIN, PROXIED, WRONG, NEUTRAL, DECLARED = "#0072B2", "#E69F00", "#D55E00", "#888888", "#000000"
 ARMS = {"plain": PLAIN, "with proxies": PROXIED}
-OTHERS = ("#009E73", "#CC79A7", "#56B4E9")
 PARTS = {"train": "#444444", "val": "#888888", "test": "#CCCCCC"}
 COMPONENT_COLOURS = dict(zip(COMPONENTS, ("#CC79A7", "#CCCCCC", "#56B4E9", PROXIED, "#444444"), strict=True))
 BAND: Any = {"color": NEUTRAL, "alpha": 0.2, "lw": 0}
@@ -42,23 +41,25 @@ ABOVE: Any = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "
 STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 160, "svg.fonttype": "none"}
 STYLE |= {"svg.hashsalt": "pa"}  # the same figure gives the same file
-styled = matplotlib.rc_context(STYLE)  # a decorator: text and axes get the style that holds when they are made
 
 
 class Album:
-    """Where a notebook saves its figures, and the command that draws them again, kept in each figure's provenance."""
+    """Where a notebook saves its figures, and the command that draws them again, kept in each figure's provenance.
+
+    Opening one sets matplotlib's style.
+    """
 
     def __init__(self, *, figures_dir: str = "figures/quick", command: str) -> None:
         default = figures_dir == "figures/quick"  # it lies in the repository, whatever the working directory
         self.folder = home() / figures_dir if default else Path(figures_dir).expanduser().absolute()
         self.command = command
+        matplotlib.style.use(STYLE)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             allowed = f"must be a writable folder ({error.strerror})"
             raise ParameterError("figures_dir", figures_dir, allowed) from error
 
-    @styled
     def save(
         self, figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run | None] = (), made_from: str = ""
     ) -> Path:
@@ -120,7 +121,6 @@ def _key(figure: Figure, dots: Mapping[Any, str], *more: Any) -> None:
     figure.legend(handles=[*handles, *more], loc="outside lower center", ncols=min(len(handles) + len(more), 5))
 
 
-@styled
 def samples(dataset: Dataset, *, per_class: int = 8, most_classes: int = 10) -> Drawn:
     """The first training images of each class (of the first ``most_classes``), a row per class."""
     part, rows, table = dataset.train, {}, []
@@ -131,7 +131,6 @@ def samples(dataset: Dataset, *, per_class: int = 8, most_classes: int = 10) -> 
     return _grid(rows, cell=(0.8, 0.8)), pd.DataFrame(table)
 
 
-@styled
 def class_balance(dataset: Dataset) -> Drawn:
     """Images per class and part, stacked; many classes are sorted by size and drawn without names."""
     table = pd.DataFrame({"class": list(dataset.classes)})
@@ -150,7 +149,6 @@ def class_balance(dataset: Dataset) -> Drawn:
     return figure, table
 
 
-@styled
 def augmented(dataset: Dataset, experiment: Experiment, *, columns: int = 10, draws: int = 3) -> Drawn:
     """The first training images as they are, and below them as the network sees them in some epochs."""
     part, e, index = dataset.train, experiment, torch.arange(min(columns, len(dataset.train)))
@@ -164,11 +162,10 @@ def augmented(dataset: Dataset, experiment: Experiment, *, columns: int = 10, dr
     return _grid(rows, cell=(0.9, 0.95)), pd.DataFrame(table, columns=["id", "draw", "kinds", "changed_pixels"])
 
 
-@styled
 def curves(named: Mapping[str, Run]) -> Drawn:
     """Loss, accuracy and learning rate by epoch; a colour per run, dashed for training; dotted lines between stages."""
     figure, ((loss, accuracy, rate),) = _new(1, 3, width=10, height=3.1)
-    others, tables = iter((PROXIED, *OTHERS)), []
+    others, tables = iter((PROXIED, "#009E73", "#CC79A7", "#56B4E9")), []
     for name, run in named.items():
         m, colour = run.metrics, PLAIN if name == "plain" else next(others, NEUTRAL)
         tables.append(m.assign(run=name))
@@ -189,15 +186,13 @@ def curves(named: Mapping[str, Run]) -> Drawn:
     return figure, pd.concat(tables, ignore_index=True)
 
 
-@styled
 def worst(part: Part, scores: Scores, positions: Tensor, classes: Sequence[str], *, columns: int = 8) -> Drawn:
     """Images with what they are, what they were taken for, and the loss."""
-    known = ["id", "label", "predicted", "loss"]
-    if len(positions) == 0:
-        return _empty("no image qualifies", known)
-    names = [[classes[i] for i in numbers[positions].tolist()] for numbers in (part.labels, scores.predicted)]
-    found = [[part.ids[i] for i in positions.tolist()], *names, scores.loss[positions].numpy()]
-    table = pd.DataFrame(dict(zip(known, found, strict=True)))
+    names, ids = np.array(classes), [part.ids[i] for i in positions.tolist()]
+    found = {"id": ids, "label": names[part.labels[positions]], "predicted": names[scores.predicted[positions]]}
+    table = pd.DataFrame(found | {"loss": scores.loss[positions]})
+    if table.empty:
+        return _empty("no image qualifies", table.columns)
     figure = _grid({" " * i: part.read(at) for i, at in enumerate(positions.split(columns))}, cell=(1.25, 1.65))
     for ax, row in zip(figure.axes, table.itertuples(), strict=False):
         title = f"{_short(row.label, 14)}\n→ {_short(row.predicted, 14)}\nloss {row.loss:.1f}"
@@ -205,7 +200,6 @@ def worst(part: Part, scores: Scores, positions: Tensor, classes: Sequence[str],
     return figure, table
 
 
-@styled
 def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> Drawn:
     """A column per image: original, heatmap over it, what is masked, proxy. None where there was no proxy step."""
     if made is None or len(made) == 0:
@@ -220,7 +214,6 @@ def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> Drawn:
     return figure, pd.DataFrame(table)
 
 
-@styled
 def fills(made: Proxies, *, mask_region: str = "salient") -> Drawn:
     """A row per image, a column per fill, with weight 1; ``patch`` takes from the image above."""
     images, table, columns = masking.to_float(made.originals), [], ["image", "fill", "mean_change"]
@@ -237,7 +230,6 @@ def fills(made: Proxies, *, mask_region: str = "salient") -> Drawn:
     return _grid(rows, cell=(1.1, 1.15), titles=titles), pd.DataFrame(table, columns=columns)
 
 
-@styled
 def threshold_by_weight(made: Proxies, *, fill: str = "mean", mask_region: str = "salient") -> Drawn:
     """The first image: a row per quantile, a column per weight. ``patch`` takes from the last image."""
     columns, weights = ["threshold", "weight", "fill", "masked_share", "mean_change"], (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -255,7 +247,6 @@ def threshold_by_weight(made: Proxies, *, fill: str = "mean", mask_region: str =
     return _grid(rows, cell=(1.25, 1.25), titles=titles), pd.DataFrame(table, columns=columns)
 
 
-@styled
 def compared(images: Mapping[str, Tensor], maps: Mapping[str, Tensor], table: pd.DataFrame) -> Drawn:
     """A column per image: the image, and below it each run's heatmap over it, with what it predicts and how surely."""
     titles = {"": [_short(name) for name in table["image"].unique()]}
@@ -264,7 +255,6 @@ def compared(images: Mapping[str, Tensor], maps: Mapping[str, Tensor], table: pd
     return _grid({"": next(iter(images.values())), **images}, cell=(1.3, 1.6), titles=titles, maps=maps), table
 
 
-@styled
 def with_and_without(pairs: pd.DataFrame) -> Drawn:
     """Test accuracy of each pair of runs: plain, with proxies, joined by a line."""
     if pairs.empty:
@@ -286,7 +276,6 @@ def with_and_without(pairs: pd.DataFrame) -> Drawn:
     return figure, pairs
 
 
-@styled
 def accuracy_by(frame: pd.DataFrame) -> Drawn:
     """Validation accuracy, a panel per parameter and a dot per run with proxies; plain runs beside the schedules."""
     done, rows, by = usable(frame), [], ("schedule", "xai", "threshold", "weight", "fraction")
@@ -307,7 +296,6 @@ def accuracy_by(frame: pd.DataFrame) -> Drawn:
     return figure, pd.DataFrame(rows, columns=["parameter", "value", "run", "seed", "val_accuracy"])
 
 
-@styled
 def forest(
     table: pd.DataFrame, *, metric: str = "test_accuracy", around: str = "", values: Mapping[str, Any] | None = None
 ) -> Drawn:
@@ -345,7 +333,6 @@ def forest(
     return figure, shown
 
 
-@styled
 def decomposition(table: pd.DataFrame) -> Drawn:
     """A table of `statistics.decompose`: a panel per honest arm, a group of bars per arm, with intervals."""
     if table.empty:
@@ -369,7 +356,6 @@ def decomposition(table: pd.DataFrame) -> Drawn:
     return figure, table
 
 
-@styled
 def confusion(matrix: pd.DataFrame) -> Drawn:
     """Row-normalised colours, counts written in; more than 30 classes go without names and counts."""
     n, counts = len(matrix), matrix.to_numpy()
@@ -387,7 +373,6 @@ def confusion(matrix: pd.DataFrame) -> Drawn:
     return figure, matrix.stack().rename("images").rename_axis(["true_class", "predicted_class"]).reset_index()
 
 
-@styled
 def class_changes(table: pd.DataFrame, *, most: int = 10) -> Drawn:
     """F1 per class of the plain run and the one with proxies: the classes that gained and lost most."""
     ends = table if len(table) <= most else pd.concat([table.head(most // 2), table.tail(most // 2)])

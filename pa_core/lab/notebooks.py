@@ -62,16 +62,6 @@ def refuse_edited(path: Path) -> None:
         raise ParameterError("notebook", shown(path), f"must have the default parameters, not {other}: {how}")
 
 
-def write(path: Path) -> None:
-    """Write the parameters cell of one of NOTEBOOKS anew, in place."""
-    content = json.loads(path.read_text())
-    for cell in content["cells"]:
-        if "parameters" in cell["metadata"].get("tags", []):
-            cell["source"] = parameters_cell(path.stem).splitlines(keepends=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
 def main(words: list[str]) -> int:
     """Exit status: 0, or 2 where a notebook or the command is refused."""
     paths, page = sorted((home() / "notebooks").glob("*.ipynb")), home() / "docs" / "parameters.md"
@@ -82,7 +72,12 @@ def main(words: list[str]) -> int:
                     refuse_edited(path)
             case ["write"]:
                 for path in (path for path in paths if path.stem in NOTEBOOKS):
-                    write(path)
+                    content = json.loads(path.read_text())
+                    for cell in content["cells"]:
+                        if "parameters" in cell["metadata"].get("tags", []):
+                            cell["source"] = parameters_cell(path.stem).splitlines(keepends=True)
+                    with replacing(path) as temporary:
+                        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
                 text, _, _ = page.read_text(encoding="utf-8").partition("| name |")
                 page.write_text(text + markdown() + "\n", encoding="utf-8")
             case ["copy", folder]:

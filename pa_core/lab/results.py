@@ -133,20 +133,18 @@ def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     shared = ["digest", "split_digest", "device_name", *_RESOLVED.values()]
     plain, proxied = done[done["proxy_steps"] == 0], done[done["proxy_steps"] > 0]
     plain = plain.set_index(shared)[["run", *accuracies]].add_prefix("plain_").reset_index()
-    merged = proxied.assign(digest=[_plain_digest(row) for row in proxied.to_dict("records")]).merge(plain, on=shared)
+    digests = []
+    for row in proxied.to_dict("records"):
+        e = Experiment.from_mapping({name: None if pd.isna(row[name]) else row[name] for name in PARAMETERS})
+        content = {"data": row["data_digest"], "image_size": int(row["image_size"]), "weights": row["weights_digest"]}
+        digests.append(e.plain().digest(**content))
+    merged = proxied.assign(digest=digests).merge(plain, on=shared)
     columns = ["run", "plain_run", "dataset", "model", "schedule", *(p for p in PARAMETERS if p in PROXY_PARAMETERS)]
     columns.append("seed")
     for name in accuracies:
         merged[f"{name}_difference"] = merged[name] - merged[f"plain_{name}"]
         columns += [name, f"plain_{name}", f"{name}_difference"]
     return merged[columns]
-
-
-def _plain_digest(row: dict[str, Any]) -> str:
-    row = {name: None if pd.isna(value) else value for name, value in row.items()}
-    experiment = Experiment.from_mapping({name: row[name] for name in PARAMETERS})
-    size, weights = int(row["image_size"]), row["weights_digest"] or ""
-    return experiment.plain().digest(data=row["data_digest"], image_size=size, weights=weights)
 
 
 def pair_of(frame: pd.DataFrame, run_name: str | None = None, runs_dir: str = "runs") -> tuple[Run | None, Run]:

@@ -92,9 +92,6 @@ class Contrast(NamedTuple):
             raise ParameterError("contrasts", text, "must be the name of an arm, ' - ', and the name of another")
         return cls(arm, against)
 
-    def __str__(self) -> str:
-        return f"{self.arm} - {self.against}"
-
 
 def compare(
     runs: pd.DataFrame, *, reference: str, declared: Iterable[Contrast] = (), described: Iterable[Contrast] = ()
