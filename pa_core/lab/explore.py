@@ -42,9 +42,8 @@ class Reopened:
         return selection.select(scores, by=e.select, fraction=e.fraction, seed=seed)[:count], scores
 
     def proxies(self, count: int = SHOWN) -> Proxies:
-        """Proxies by the trained network of the images that the run's last proxy step selected first, on the CPU.
-
-        Only these images are explained and masked. A run without proxy steps has those of :meth:`worst`.
+        """Proxies by the trained network of the images that the run's last proxy step selected first, on the CPU; a run
+        without proxy steps has those of :meth:`worst`. Only these images are explained and masked.
         """
         e, part, steps = self.experiment, self.dataset.train, schedule.steps(self.run.experiment.schedule)
         positions = Step.load(self.run.step(steps)).positions[:count] if steps else self.worst(count)[0]
@@ -60,10 +59,9 @@ class Reopened:
 def reopen(
     run: Run, experiment: Experiment | None = None, *, dataset: data.Dataset | None = None, device: str = "auto"
 ) -> Reopened:
-    """Load a finished run's trained network, and its data unless they are given.
+    """Load a finished run's trained network, and its data unless they are given; RunError where those are others.
 
-    ``experiment`` says where the data lie now, and how proxies are chosen and made: by default as in the manifest. A
-    RunError where the data are not what the run was trained on.
+    ``experiment`` says where the data lie now, and how proxies are chosen and made: by default as in the manifest.
     """
     e, where = experiment or run.experiment, resolve_device(device)
     dataset = load_data(e) if dataset is None else dataset
@@ -75,9 +73,8 @@ def reopen(
 def stored_proxies(
     run: Run, dataset: data.Dataset, *, step: int = 1, count: int = SHOWN
 ) -> tuple[Proxies | None, list[str]]:
-    """The first proxies of a step from the maps that the run stored, without augmentation, and a title for each.
-
-    The random part of a fill is drawn anew, as in every batch. None where there was no such step.
+    """The first proxies of a step from the maps that the run stored, without augmentation, and a title for each; None
+    where there was no such step. The random part of a fill is drawn anew, as in every batch.
     """
     if not run.step(step).is_dir():
         return None, []

@@ -44,10 +44,7 @@ STYLE |= {"svg.hashsalt": "pa"}  # the same figure gives the same file
 
 
 class Album:
-    """Where a notebook saves its figures, and the command that draws them again, kept in each figure's provenance.
-
-    Opening one sets matplotlib's style.
-    """
+    """Where a notebook saves its figures, whose style it sets, and the command that draws them again."""
 
     def __init__(self, *, figures_dir: str = "figures/quick", command: str) -> None:
         default = figures_dir == "figures/quick"  # it lies in the repository, whatever the working directory
@@ -71,8 +68,8 @@ class Album:
         made = [{"run": r.path.name} | {k: r.manifest.get(k) for k in ("digest", "code_version")} for r in used if r]
         versions = sorted({str(run["code_version"]) for run in made} or {runs.code_version()})
         provenance = {"figure": name, "runs": made} | ({"made_from": made_from} if made_from else {})
-        provenance |= {"code_versions": versions, "git_commit": runs.git_commit()}
-        provenance |= {"command": self.command, "made": runs.now()}
+        provenance |= {"code_versions": versions, "git_commit": runs.git_commit(), "command": self.command}
+        provenance["made"] = runs.now()
         path.with_suffix(".json").write_text(json.dumps(provenance, indent=2) + "\n")
         return path.with_suffix(".png")
 
@@ -92,7 +89,9 @@ def _empty(text: str, columns: Iterable[str]) -> Drawn:
 
 def _grid(rows: Labelled, *, cell: tuple[float, float], titles: Labelled = {}, maps: Labelled = {}) -> Figure:  # noqa: B006
     """Label -> a row of uint8 images [3, S, S], with ``titles``, in grey under ``maps`` [S, S]; ``cell`` in inches."""
-    most = max(map(len, rows.values()))
+    most = max(map(len, rows.values()), default=0)
+    if not most:
+        return _empty("no image was selected", [])[0]
     figure, axes = _new(len(rows), most, width=cell[0] * most + 0.8, height=cell[1] * len(rows) + 0.3)
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(_short(name))
@@ -191,8 +190,6 @@ def worst(part: Part, scores: Scores, positions: Tensor, classes: Sequence[str],
     names, ids = np.array(classes), [part.ids[i] for i in positions.tolist()]
     found = {"id": ids, "label": names[part.labels[positions]], "predicted": names[scores.predicted[positions]]}
     table = pd.DataFrame(found | {"loss": scores.loss[positions]})
-    if table.empty:
-        return _empty("no image qualifies", table.columns)
     figure = _grid({" " * i: part.read(at) for i, at in enumerate(positions.split(columns))}, cell=(1.25, 1.65))
     for ax, row in zip(figure.axes, table.itertuples(), strict=False):
         title = f"{_short(row.label, 14)}\n→ {_short(row.predicted, 14)}\nloss {row.loss:.1f}"
@@ -202,9 +199,8 @@ def worst(part: Part, scores: Scores, positions: Tensor, classes: Sequence[str],
 
 def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> Drawn:
     """A column per image: original, heatmap over it, what is masked, proxy. None where there was no proxy step."""
-    if made is None or len(made) == 0:
-        text = "the step selected no image" if made else "the schedule has no proxy step"
-        return _empty(text, ["image", "masked_share", "changed_share"])
+    if made is None:
+        return _empty("the schedule has no proxy step", ["image", "masked_share", "changed_share"])
     titles = list(titles) or [str(k) for k in range(len(made))]
     grey = made.mask.to(torch.uint8).mul(255).unsqueeze(1).expand(-1, 3, -1, -1)
     rows = {"original": made.originals, "heatmap": made.originals, "masked": grey, "proxy": made.images}
@@ -216,33 +212,29 @@ def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> Drawn:
 
 def fills(made: Proxies, *, mask_region: str = "salient") -> Drawn:
     """A row per image, a column per fill, with weight 1; ``patch`` takes from the image above."""
-    images, table, columns = masking.to_float(made.originals), [], ["image", "fill", "mean_change"]
-    if len(made) == 0:
-        return _empty("no image qualifies", columns)
+    images, table = masking.to_float(made.originals), []
     rows = {f"image {i}": [image] for i, image in enumerate(made.originals)}
     how = {"mask_region": mask_region, "donors": images.roll(1, 0)}
-    for fill in FILLS:
+    for fill in FILLS if rows else ():
         changed = masking.apply(images, made.maps, made.mask, fill=fill, **how)
         for row, image in zip(rows.values(), masking.to_uint8(changed), strict=True):
             row.append(image)
         table += [[i, fill, x] for i, x in enumerate((changed - images).abs().mean((1, 2, 3)).tolist())]
-    titles = {"image 0": ["original", *FILLS]}
-    return _grid(rows, cell=(1.1, 1.15), titles=titles), pd.DataFrame(table, columns=columns)
+    figure = _grid(rows, cell=(1.1, 1.15), titles={"image 0": ["original", *FILLS]})
+    return figure, pd.DataFrame(table, columns=["image", "fill", "mean_change"])
 
 
 def threshold_by_weight(made: Proxies, *, fill: str = "mean", mask_region: str = "salient") -> Drawn:
     """The first image: a row per quantile, a column per weight. ``patch`` takes from the last image."""
-    columns, weights = ["threshold", "weight", "fill", "masked_share", "mean_change"], (0.0, 0.25, 0.5, 0.75, 1.0)
-    if len(made) == 0:
-        return _empty("no image qualifies", columns)
     image, maps, rows, table = masking.to_float(made.originals[:1]), made.maps[:1], {}, []
+    columns, weights = ["threshold", "weight", "fill", "masked_share", "mean_change"], (0.0, 0.25, 0.5, 0.75, 1.0)
     how = {"fill": fill, "mask_region": mask_region, "donors": masking.to_float(made.originals[-1:])}
     for t in (0.25, 0.5, 0.75, 0.9):
         mask = masking.region(maps, threshold_mode="quantile", threshold=t, mask_region=mask_region)
         changed = torch.cat([masking.apply(image, maps, mask, weight=w, **how) for w in weights])
         rows[f"threshold {t:g}"] = masking.to_uint8(changed)
         changes = (changed - image).abs().mean((1, 2, 3)).tolist()
-        table += [[t, w, fill, float(mask.float().mean()), x] for w, x in zip(weights, changes, strict=True)]
+        table += [[t, w, fill, float(mask.float().mean()), x] for w, x in zip(weights, changes, strict=False)]
     titles = {"threshold 0.25": [f"weight {w:g}" for w in weights]}
     return _grid(rows, cell=(1.25, 1.25), titles=titles), pd.DataFrame(table, columns=columns)
 
@@ -284,8 +276,7 @@ def accuracy_by(frame: pd.DataFrame) -> Drawn:
         shown = done if name == "schedule" else done[done["proxy_steps"] > 0]
         groups = list(shown.groupby(name))
         for i, (value, group) in enumerate(groups):
-            colours = np.where(group["proxy_steps"] > 0, PROXIED, PLAIN)
-            ax.scatter([i] * len(group), group["val_accuracy"], c=colours, s=22)
+            ax.scatter([i] * len(group), group["val_accuracy"], 22, np.where(group["proxy_steps"] > 0, PROXIED, PLAIN))
             ax.annotate(f"n={len(group)}", (i, group["val_accuracy"].max()), **ABOVE)
             rows += [[name, value, r.run, r.seed, r.val_accuracy] for r in group.itertuples()]
         ax.set_xticks(range(len(groups)), [str(v) for v, _ in groups], rotation=30 if len(groups) > 2 else 0)
@@ -299,12 +290,10 @@ def accuracy_by(frame: pd.DataFrame) -> Drawn:
 def forest(
     table: pd.DataFrame, *, metric: str = "test_accuracy", around: str = "", values: Mapping[str, Any] | None = None
 ) -> Drawn:
-    """A table of `statistics.compare`: each arm's difference to the reference, and the contrasts, with intervals.
-
-    A panel per dataset and model; or, with ``values`` (parameter -> arm -> its value), one per parameter, with the arm
-    ``around`` in each.
+    """The differences in a table of `statistics.compare` with their intervals, a panel per dataset and model; or, with
+    ``values`` (parameter -> arm -> its value), one per parameter, with the arm ``around`` in each.
     """
-    shown, what = table[(table["metric"] == metric) & table["difference"].notna()], metric.replace("_", " ")
+    shown = table[(table["metric"] == metric) & table["difference"].notna()]
     if values is None:
         panel, label = shown["dataset"] + ", " + shown["model"], shown["arm"] + " − " + shown["against"]
         drawn = shown.assign(panel=panel, label=label, colour=np.where(shown["declared"], DECLARED, NEUTRAL))
@@ -328,7 +317,7 @@ def forest(
         ax.scatter(100 * rows["difference"], y, color=rows["colour"], s=20, zorder=2)
         ax.set_yticks(y, [f"{_short(row.label, 56)}  (n = {row.n})" for row in rows.itertuples()])
         ax.set(title=title, ylim=(len(rows) - 0.5, -0.5))
-    axes[-1, 0].set_xlabel(f"difference in {what}, in points, 95 % interval")
+    axes[-1, 0].set_xlabel(f"difference in {metric.replace('_', ' ')}, in points, 95 % interval")
     _key(figure, key, Patch(label=WITHIN_MARGIN, **BAND))
     return figure, shown
 
@@ -344,9 +333,8 @@ def decomposition(table: pd.DataFrame) -> Drawn:
         arms = list(group.groupby("arm", sort=False))
         for i, (_, rows) in enumerate(arms):
             r = 100 * rows.set_index("component")[["mean", "low", "high"]]
-            places, errors = most - i - 0.16 * np.arange(len(r)), (r["mean"] - r["low"], r["high"] - r["mean"])
-            colours = [*COMPONENT_COLOURS.values()]
-            ax.barh(places, r["mean"], height=0.15, color=colours, xerr=errors, error_kw={"elinewidth": 0.9})
+            y, errors = most - i - 0.16 * np.arange(len(r)), (r["mean"] - r["low"], r["high"] - r["mean"])
+            ax.barh(y, r["mean"], 0.15, color=COMPONENT_COLOURS.values(), xerr=errors, error_kw={"elinewidth": 0.9})
         ticks = [f"{_short(arm, 40)}\n(n = {rows['n'].iloc[0]})" for arm, rows in arms]
         ax.set_yticks([most - i - 0.32 for i in range(len(arms))], ticks)
         ax.axvline(0, color=NEUTRAL, lw=0.8)
@@ -361,7 +349,8 @@ def confusion(matrix: pd.DataFrame) -> Drawn:
     n, counts = len(matrix), matrix.to_numpy()
     side, share = max(4.2, 0.42 * n + 1.6) if n <= 30 else 7, counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure, ((ax,),) = _new(1, 1, width=side + 0.8, height=side)
-    drawn = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    colours = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(colours, ax=ax, shrink=0.7, label="share of the true class")
     if n <= 30:
         for i, k in np.argwhere(counts):
             colour = "white" if share[i, k] > 0.5 else "black"
@@ -369,7 +358,6 @@ def confusion(matrix: pd.DataFrame) -> Drawn:
         ax.set_xticks(range(n), map(_short, matrix.columns), rotation=45, ha="right")
         ax.set_yticks(range(n), map(_short, matrix.index))
     ax.set(xlabel="predicted", ylabel="true")
-    figure.colorbar(drawn, ax=ax, shrink=0.7, label="share of the true class")
     return figure, matrix.stack().rename("images").rename_axis(["true_class", "predicted_class"]).reset_index()
 
 
@@ -383,7 +371,6 @@ def class_changes(table: pd.DataFrame, *, most: int = 10) -> Drawn:
     ax.scatter(shown["f1_proxy"], y, color=PROXIED, s=25, zorder=3)
     changes = ["" if pd.isna(d) else f"{round(100 * d, 1) + 0.0:+.1f}, " for d in shown["f1_change"]]
     labels = [f"{_short(c)}  ({d}n = {s})" for c, d, s in zip(shown["class"], changes, shown["support"], strict=True)]
-    ax.set_yticks(y, labels)
-    ax.set_xlabel("F1 on the test images (change in points, test images of the class)")
+    ax.set(yticks=y, yticklabels=labels, xlabel="F1 on the test images (change in points, test images of the class)")
     _key(figure, ARMS)
     return figure, table

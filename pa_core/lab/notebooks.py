@@ -18,27 +18,26 @@ from pa_core.files import home, replacing, shown
 from pa_core.params import PARAMETERS, markdown
 
 _EXPERIMENT = {p.name: (p.default, p.description + f" ({p.allowed})" * bool(p.allowed)) for p in PARAMETERS.values()}
-_DATA = ["dataset", "data_dir", "bad_images", "image_size", "train_fraction", "folds", "fold", "seed"]
+_DATA = "dataset data_dir bad_images image_size train_fraction folds fold seed".split()
 _FIGURES = {"figures_dir": ("figures/quick", "where figures are saved; this default lies in the repository")}
 _ANALYSIS = {
     "run_name": (None, "the run with proxies to open up; None is the latest that has a plain run beside it"),
     "images": (None, "a folder of your own images, to compare the two runs on; None is the first validation images"),
     "studies": ("committed", "draw the studies' committed tables, or 'runs': your own as far as they are finished"),
 }
-NOTEBOOKS: dict[str, dict[str, tuple[Any, str]]] = {
+NOTEBOOKS: dict[str, dict[str, tuple[Any, str]]] = {  # name -> parameter, in the cell's order -> (default, description)
     "01_data": {name: _EXPERIMENT[name] for name in _DATA} | _FIGURES,
     "02_training": _EXPERIMENT | _FIGURES,
     "03_proxy_loop": _EXPERIMENT | _FIGURES,
     "04_analysis": {"runs_dir": _EXPERIMENT["runs_dir"]} | _FIGURES | _ANALYSIS,
 }
-"""Notebook -> parameter -> (default, description), in the order of its parameters cell."""
 
 
 def parameters_cell(name: str = "03_proxy_loop") -> str:
     """The text of a notebook's parameters cell: a heading, then a line ``name = default  # description`` each."""
     lines = ["# Parameters of the experiment; docs/parameters.md explains them"]
-    for parameter, (default, text) in NOTEBOOKS[name].items():
-        lines.append(f"{parameter} = {json.dumps(default) if isinstance(default, str) else default}  # {text}")
+    for parameter, (value, text) in NOTEBOOKS[name].items():
+        lines.append(f"{parameter} = {json.dumps(value) if isinstance(value, str) else value}  # {text}")
     return "\n".join(lines)
 
 

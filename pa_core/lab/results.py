@@ -37,8 +37,7 @@ def load(runs_dir: str = "runs", *, epochs: bool = False) -> pd.DataFrame:
     every number of summary.json (NaN where a run has not finished). Runs of another schema, and those with a damaged
     file, are left out, and a UserWarning names them; RunError where metrics.jsonl is damaged.
     """
-    home, steps = runs_home(runs_dir), cache(schedule.steps)
-    rows, damaged, others = [], [], []
+    home, steps, rows, damaged, others = runs_home(runs_dir), cache(schedule.steps), [], [], []
     for name in sorted(entry.name for entry in os.scandir(home) if entry.is_dir()) if home.is_dir() else []:
         try:
             manifest, summary = read_json(home / name / "manifest.json"), read_json(home / name / "summary.json")
@@ -84,7 +83,6 @@ def _known(frame: pd.DataFrame, parameter: str, *names: str) -> list[str]:
 
 def best(frame: pd.DataFrame, *, by: Names = GROUPS, value: str = "val_accuracy") -> pd.DataFrame:
     """The best finished run of each group, and how many it is the best of (``n``); of a loss or of seconds the lowest.
-
     Choose by a validation measure and report the test one of the run chosen: the best of many test accuracies flatters.
     """
     by, done = _known(frame, "by", *by), usable(frame).dropna(subset=_known(frame, "value", value))
@@ -105,9 +103,8 @@ def pivot(
 
 
 def latex(table: pd.DataFrame, *, caption: str = "", label: str = "", percent: bool = True) -> str:
-    """A table of :func:`pivot` as LaTeX with booktabs: ``71.4 $\\pm$ 0.3 (n = 5)`` in each cell, ``--`` without a run.
-
-    ``caption`` is LaTeX text; with ``percent`` values are multiplied by 100, which the caption should say.
+    """A table of :func:`pivot` as LaTeX with booktabs: ``71.4 $\\pm$ 0.3 (n = 5)`` in each cell, ``--`` without a run;
+    with ``percent`` times 100, which the caption, LaTeX text, should say.
     """
     cells, factor = pd.DataFrame(index=table.index), 100 if percent else 1
     for key in table.columns.droplevel(-1).unique():
@@ -125,9 +122,8 @@ def latex(table: pd.DataFrame, *, caption: str = "", label: str = "", percent: b
 def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     """Each finished run with proxies beside the plain run of equal length that shares all else, the device included.
 
-    The plain run is the one that `Experiment.plain` of the run's own parameters names, found by its digest. A row has
-    ``run``, ``plain_run``, the proxy parameters, ``seed``, and of each accuracy the run's value, the plain one's
-    (``plain_...``) and the ``..._difference``.
+    The plain run, `Experiment.plain`, is found by its digest. A row has ``run``, ``plain_run``, the proxy parameters,
+    ``seed``, and of each accuracy the run's value, the plain one's (``plain_...``) and the ``..._difference``.
     """
     done, accuracies = usable(frame), _ACCURACIES[:3]
     shared = ["digest", "split_digest", "device_name", *_RESOLVED.values()]
@@ -153,10 +149,9 @@ def pair_of(frame: pd.DataFrame, run_name: str | None = None, runs_dir: str = "r
     if run_name is not None and run_name not in finished:
         raise ParameterError("run_name", run_name, f"must be a finished run{did_you_mean(run_name, finished)}")
     plain_runs = pairs(frame).set_index("run")["plain_run"]
-    latest = [*plain_runs.index[-1:], *usable(frame)["run"].iloc[-1:]]
-    if not (run_name or latest):
+    name = run_name or next(iter([*plain_runs.index[-1:], *usable(frame)["run"].iloc[-1:]]), None)
+    if name is None:
         raise RunError(f"no run under {runs_home(runs_dir)} was finished by this code; notebooks 02 and 03 make some")
-    name = run_name or latest[0]
     plain = open_run(plain_runs[name], runs_dir) if name in plain_runs.index else None
     return plain, open_run(name, runs_dir)
 
@@ -173,7 +168,6 @@ def open_run(name: str, runs_dir: str = "runs") -> Run:
 
 def class_changes(plain: Run | None, other: Run) -> pd.DataFrame:
     """Per class: support, precision, recall and F1 of both runs on the test images, and the change, most gained first.
-
     Without a plain run its columns are NaN; runs that were tested on different images are refused.
     """
     measures = ["precision", "recall", "f1"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -40,9 +40,9 @@ def interval(differences: Sequence[float] | np.ndarray | pd.Series) -> tuple[flo
 def sign_flip(differences: Sequence[float] | np.ndarray | pd.Series) -> float:
     """Exact two-sided p-value of the hypothesis that each difference could as well have had the other sign.
 
-    The share of all 2^n choices of signs whose sum is at least as far from 0 as the observed one (Fisher's test for
-    pairs; Edgington & Onghena, Randomization Tests, 2007). NaN below MIN_PAIRS_FOR_P_VALUE pairs, ParameterError above
-    MAX_PAIRS_FOR_P_VALUE. (SciPy's permutation_test takes seconds for 20 pairs.)
+    The share of all 2^n choices of signs whose sum is at least as far from 0 as the observed one (Edgington & Onghena,
+    Randomization Tests, 2007). NaN below MIN_PAIRS_FOR_P_VALUE pairs, ParameterError above MAX_PAIRS_FOR_P_VALUE.
+    (SciPy's permutation_test takes seconds for 20 pairs.)
     """
     d = np.asarray(differences, dtype=float)
     if len(d) < MIN_PAIRS_FOR_P_VALUE:
@@ -119,23 +119,22 @@ def compare(
         common, arms = dict(zip([*GROUP, "metric"], key, strict=True)), group["arm"].unique()
         values = group.pivot(index="seed", columns="arm", values="value")
         if reference in arms:
-            rows.append(common | {"arm": reference, "declared": False} | _measured(values[reference].dropna()))
+            alone = values[reference].dropna()
+            row = {"arm": reference, "declared": False, "n": len(alone), "mean": alone.mean(), "sd": alone.std()}
+            rows.append(common | row)
         asked = [c for c in contrasts if {*c} <= {*arms}]
         for c in dict.fromkeys([*asked, *(Contrast(arm, reference) for arm in arms if arm != reference)]):
             test = c in declared and common["metric"] == "test_accuracy"
             pair = values.reindex(columns=c).dropna()
             d = pair[c.arm] - pair[c.against]
-            row = dict(zip(("difference", "low", "high"), interval(d), strict=True))
+            row = {"declared": test, "n": len(d), "mean": pair[c.arm].mean(), "sd": pair[c.arm].std()}
+            row |= dict(zip(("difference", "low", "high"), interval(d), strict=True))
             row |= {"p_superior": ((d > 0) + (d == 0) / 2).mean(), "p_value": sign_flip(d) if test else np.nan}
-            rows.append(common | c._asdict() | {"declared": test} | _measured(pair[c.arm]) | row)
+            rows.append(common | c._asdict() | row)
     table = pd.DataFrame(rows, columns=COLUMNS)
     family = table[table["declared"].astype(bool)].assign(p_holm=lambda rows: holm(rows["p_value"]))
     said = [verdict(row.low, row.high, p=row.p_holm, n=row.n) for row in family.itertuples()]
     return table.assign(p_holm=family["p_holm"], verdict=pd.Series(said, index=family.index, dtype=object))
-
-
-def _measured(values: pd.Series) -> dict[str, Any]:
-    return {"n": len(values), "mean": values.mean(), "sd": values.std()}
 
 
 def decompose(runs: pd.DataFrame, parts: Sequence[Mapping[str, str]]) -> pd.DataFrame:
