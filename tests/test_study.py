@@ -262,7 +262,8 @@ def test_one_parameter_at_a_time_has_a_panel_each_around_the_same_arm():
     read = study.read("f")
     made = study.tables(read, study.collect(read, table(read)))["study_f"]
     figure = study.draw(read, "study_f", made)
-    panels = {ax.get_title(): [label.get_text() for label in ax.get_xticklabels()] for ax in figure.axes}
+    labels = {ax.get_title(): [label.get_text() for label in ax.get_yticklabels()] for ax in figure.axes}
+    panels = {title: [text.removesuffix(" − plain  (n = 3)") for text in texts] for title, texts in labels.items()}
     assert panels == {
         "threshold": ["0", "0.5", "0.75", "0.9"],
         "weight": ["0.5", "1"],
@@ -272,7 +273,7 @@ def test_one_parameter_at_a_time_has_a_panel_each_around_the_same_arm():
     }
     salient = made[(made["arm"] == "salient") & (made["metric"] == "test_accuracy")].iloc[0]
     for ax in figure.axes:
-        drawn = [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "o"]
+        drawn = list(ax.collections[-1].get_offsets()[:, 0])
         assert any(value == pytest.approx(100 * salient["difference"]) for value in drawn), ax.get_title()
         assert len(drawn) == len(panels[ax.get_title()])
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -17,8 +15,7 @@ from pa_core import attribution, data, models, proxy, schedule, selection
 from pa_core.batch import Pool, to_pixels
 from pa_core.device import resolve_device
 from pa_core.errors import ParameterError, RunError
-from pa_core.experiment import Prepared, load_data
-from pa_core.lab.results import numbers
+from pa_core.experiment import load_data
 from pa_core.params import Experiment, derived_seed
 from pa_core.proxy import SHOWN, Proxies, Step
 from pa_core.runs import Run
@@ -35,110 +32,85 @@ class Reopened:
     experiment: Experiment
     dataset: data.Dataset
     model: models.Classifier
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @cached_property
-    def scores(self) -> selection.Scores:
-        """Of all training images, by one pass that is made once."""
-        pool = Pool.of(self.dataset.train)
-        logits = evaluate(self.model, pool, device=self.device, dtype=torch.float32).logits
-        return selection.score(logits, self.dataset.train.labels)
+    device: torch.device
 
     def worst(self, count: int = 16) -> tuple[Tensor, selection.Scores]:
         """The training images that a proxy step would select first now: positions int64 [count], and all scores."""
-        e, seed = self.experiment, derived_seed(self.experiment.seed, "proxy step", 1)
-        return selection.select(self.scores, by=e.select, fraction=e.fraction, seed=seed)[:count], self.scores
+        e, part = self.experiment, self.dataset.train
+        logits = evaluate(self.model, Pool.of(part), device=self.device, dtype=torch.float32).logits
+        scores, seed = selection.score(logits, part.labels), derived_seed(e.seed, "proxy step", 1)
+        return selection.select(scores, by=e.select, fraction=e.fraction, seed=seed)[:count], scores
 
     def proxies(self, count: int = SHOWN) -> Proxies:
-        """Proxies by the trained network of the images that the run's last proxy step selected first, on the CPU.
-
-        Only these images are explained and masked. A run without proxy steps has those of :meth:`worst`.
+        """Proxies by the trained network of the images that the run's last proxy step selected first, on the CPU; a run
+        without proxy steps has those of :meth:`worst`. Only these images are explained and masked.
         """
         e, part, steps = self.experiment, self.dataset.train, schedule.steps(self.run.experiment.schedule)
-        e = e if schedule.steps(e.schedule) else e.replace(schedule="1,p,1")  # or nothing would be explained
         positions = Step.load(self.run.step(steps)).positions[:count] if steps else self.worst(count)[0]
-        with torch.inference_mode():
-            logits = self.model(to_pixels(part.read(positions).to(self.device))).float().cpu()
-        scores, seed = (
-            selection.score(logits, part.labels[positions]),
-            derived_seed(e.seed, "proxy step", max(steps, 1)),
-        )
-        targets = scores.predicted if e.explained == "predicted" else scores.labels
-        maps = proxy.explain(self.model, part, e, positions, targets, seed=seed, device=self.device)
-        return proxy.made(part, positions, maps.cpu(), e, seed=seed)
+        ids, seed = [part.ids[i] for i in positions.tolist()], derived_seed(e.seed, "proxy step", max(steps, 1))
+        target = None if e.explained == "predicted" else part.labels[positions].to(self.device)
+        how = {"method": e.xai, "smooth": e.smooth, "ids": ids, "seed": seed}
+        pixels = to_pixels(part.read(positions).to(self.device))
+        maps = attribution.heatmaps(self.model, pixels, target=target, **how).cpu()
+        maps = maps[attribution.derangement(ids, seed)] if e.permute_maps and len(ids) else maps
+        return proxy.made(part, positions, maps, e, seed=seed)
 
 
-def reopen(run: Run, experiment: Experiment | Prepared | None = None, *, device: str = "auto") -> Reopened:
-    """Load a finished run's data and trained network.
+def reopen(
+    run: Run, experiment: Experiment | None = None, *, dataset: data.Dataset | None = None, device: str = "auto"
+) -> Reopened:
+    """Load a finished run's trained network, and its data unless they are given; RunError where those are others.
 
-    ``experiment`` says where the data lie now, and how proxies are chosen and made: by default as in the manifest; what
-    is prepared already is not loaded again. A RunError where the data are not what the run was trained on.
+    ``experiment`` says where the data lie now, and how proxies are chosen and made: by default as in the manifest.
     """
-    if isinstance(experiment, Prepared):
-        experiment, dataset = experiment.experiment, experiment.dataset
-    else:
-        experiment = experiment or run.experiment
-        dataset = load_data(experiment)
+    e, where = experiment or run.experiment, resolve_device(device)
+    dataset = load_data(e) if dataset is None else dataset
     if dataset.split_digest != run.manifest["split_digest"]:
-        raise RunError(f"{run.path.name} was trained on other data than {experiment.dataset} holds now")
-    return Reopened(run=run, experiment=experiment, dataset=dataset, model=run.model(resolve_device(device)))
+        raise RunError(f"{run.path.name} was trained on other data than {e.dataset} holds now")
+    return Reopened(run=run, experiment=e, dataset=dataset, model=run.model(where), device=where)
 
 
 def stored_proxies(
     run: Run, dataset: data.Dataset, *, step: int = 1, count: int = SHOWN
 ) -> tuple[Proxies | None, list[str]]:
-    """The first proxies of a step from the maps that the run stored, without augmentation, and a title for each.
-
-    The random part of a fill is drawn anew, as in every batch. None where there was no such step.
+    """The first proxies of a step from the maps that the run stored, without augmentation, and a title for each; None
+    where there was no such step. The random part of a fill is drawn anew, as in every batch.
     """
     if not run.step(step).is_dir():
         return None, []
     stored, rows, names = Step.load(run.step(step)), run.proxies(step).head(count), dataset.classes
-    how = {"seed": derived_seed(run.experiment.seed, "proxy step", step)}
-    made = proxy.made(dataset.train, stored.positions[:count], stored.maps[:count], run.experiment, **how)
+    seed = derived_seed(run.experiment.seed, "proxy step", step)
+    made = proxy.made(dataset.train, stored.positions[:count], stored.maps[:count], run.experiment, seed=seed)
     return made, [f"{names[row.label]}\n→ {names[row.predicted]}" for row in rows.itertuples()]
 
 
 def side_by_side(named: Mapping[str, Run]) -> pd.DataFrame:
     """A column per run, a row per number that its summary holds."""
-    return pd.DataFrame({name: pd.Series(numbers(run.summary)) for name, run in named.items()}).round(4)
-
-
-class Comparison(NamedTuple):
-    """What several runs see in the same n images. S may differ between runs."""
-
-    names: tuple[str, ...]  # of the images
-    images: Mapping[str, Tensor]  # run -> uint8 [n, 3, S, S], as the run's network sees them
-    maps: Mapping[str, Tensor]  # run -> heatmaps of the predicted class, float32 [n, S, S] in [0, 1]
-    table: pd.DataFrame  # a row per image and run: image, run, predicted, confidence (in [0, 1])
+    return pd.DataFrame({name: pd.Series(run.summary) for name, run in named.items()}).round(4)
 
 
 def compare(
     named: Mapping[str, Run], images: Images, *, xai: str | None = None, count: int = SHOWN, device: str = "auto"
-) -> Comparison:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], pd.DataFrame]:
     """Predictions and heatmaps of finished runs on your own images, or on the first ``count`` of a part of a dataset.
 
-    Args:
-        named: what each run is called -> run; RunError where one is not finished.
-        images: those of a part must have the runs' size; ParameterError where there is no image.
-        xai: the explanation method; by default each run's own.
+    ``xai`` is by default each run's own explanation method. Returns, by run, the n images as its network sees them,
+    uint8 [n, 3, S, S], and heatmaps of the predicted class, float32 [n, S, S] in [0, 1]; and a table with a row per run
+    and image: image, run, predicted, confidence in [0, 1]. RunError where a run is not finished, ParameterError where
+    there is no image, or a part's images do not have the runs' size.
     """
-    where, rows, seen, maps, names = resolve_device(device), [], {}, {}, []
+    where, rows, seen, maps = resolve_device(device), [], {}, {}
     for name, run in named.items():
         e, model = run.experiment, run.model(where)
-        names, seen[name] = _read(images, run.manifest["image_size"], count)
+        ids, seen[name] = _read(images, run.manifest["image_size"], count)
         pixels = to_pixels(seen[name].to(where))
         with torch.inference_mode():
             confidence, predicted = model(pixels).float().softmax(1).max(1)
-        how = {"method": xai or e.xai, "smooth": e.smooth, "ids": names, "seed": e.seed}
+        how = {"method": xai or e.xai, "smooth": e.smooth, "ids": ids, "seed": e.seed}
         maps[name] = attribution.heatmaps(model, pixels, target=predicted.clone(), **how).cpu()
         guesses = [run.manifest["classes"][k] for k in predicted.tolist()]
-        rows += zip(names, [name] * len(names), guesses, confidence.cpu().numpy().round(6), strict=True)
-    table = pd.DataFrame(rows, columns=["image", "run", "predicted", "confidence"])
-    return Comparison(tuple(names), seen, maps, table)
+        rows += zip(ids, [name] * len(ids), guesses, confidence.cpu().numpy().round(6), strict=True)
+    return seen, maps, pd.DataFrame(rows, columns=["image", "run", "predicted", "confidence"])
 
 
 def _read(images: Images, size: int, count: int) -> tuple[list[str], Tensor]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -32,54 +30,46 @@ from pa_core.runs import Run
 from pa_core.selection import Scores
 
 Drawn = tuple[Figure, pd.DataFrame]
+Labelled = Mapping[str, Any]
 # One colour per meaning (Okabe & Ito 2008)
 PLAIN, PROXIED, WRONG, NEUTRAL, DECLARED = "#0072B2", "#E69F00", "#D55E00", "#888888", "#000000"
 ARMS = {"plain": PLAIN, "with proxies": PROXIED}
-OTHERS = ("#009E73", "#CC79A7", "#56B4E9")
 PARTS = {"train": "#444444", "val": "#888888", "test": "#CCCCCC"}
 COMPONENT_COLOURS = dict(zip(COMPONENTS, ("#CC79A7", "#CCCCCC", "#56B4E9", PROXIED, "#444444"), strict=True))
 BAND: Any = {"color": NEUTRAL, "alpha": 0.2, "lw": 0}
+ABOVE: Any = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 7}
 STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 160, "svg.fonttype": "none"}
 STYLE |= {"svg.hashsalt": "pa"}  # the same figure gives the same file
-styled = matplotlib.rc_context(STYLE)  # a decorator: text and axes get the style that holds when they are made
 
 
-def figures_home(figures_dir: str = "figures/quick") -> Path:
-    """Where figures go: the default lies in the repository, whatever the working directory."""
-    path = Path(figures_dir).expanduser()
-    return home() / path if figures_dir == "figures/quick" else path.absolute()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Album:
-    """Where a notebook saves its figures, and the command that draws them again, kept in each figure's provenance."""
+    """Where a notebook saves its figures, whose style it sets, and the command that draws them again."""
 
-    figures_dir: str = "figures/quick"
-    command: str
-
-    def __post_init__(self) -> None:
+    def __init__(self, *, figures_dir: str = "figures/quick", command: str) -> None:
+        default = figures_dir == "figures/quick"  # it lies in the repository, whatever the working directory
+        self.folder = home() / figures_dir if default else Path(figures_dir).expanduser().absolute()
+        self.command = command
+        matplotlib.style.use(STYLE)
         try:
-            figures_home(self.figures_dir).mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             allowed = f"must be a writable folder ({error.strerror})"
-            raise ParameterError("figures_dir", self.figures_dir, allowed) from error
+            raise ParameterError("figures_dir", figures_dir, allowed) from error
 
-    @styled
     def save(
         self, figure: Figure, name: str, *, table: pd.DataFrame, used: Iterable[Run | None] = (), made_from: str = ""
     ) -> Path:
         """Write NAME.png, .svg, .csv (what was drawn) and .json (from which runs, or what else, code and command)."""
-        path = figures_home(self.figures_dir) / name
+        path = self.folder / name
         for suffix, metadata in ((".png", "Software"), (".svg", "Date")):
             figure.savefig(path.with_suffix(suffix), bbox_inches="tight", metadata={metadata: None})
         table.to_csv(path.with_suffix(".csv"), index=False)
-        made = [(run.path.name, run.manifest) for run in used if run]
-        made = [{"run": name} | {k: manifest.get(k) for k in ("digest", "code_version")} for name, manifest in made]
+        made = [{"run": r.path.name} | {k: r.manifest.get(k) for k in ("digest", "code_version")} for r in used if r]
         versions = sorted({str(run["code_version"]) for run in made} or {runs.code_version()})
         provenance = {"figure": name, "runs": made} | ({"made_from": made_from} if made_from else {})
-        provenance |= {"code_versions": versions, "git_commit": runs.git_commit()}
-        provenance |= {"command": self.command, "made": runs.now()}
+        provenance |= {"code_versions": versions, "git_commit": runs.git_commit(), "command": self.command}
+        provenance["made"] = runs.now()
         path.with_suffix(".json").write_text(json.dumps(provenance, indent=2) + "\n")
         return path.with_suffix(".png")
 
@@ -97,28 +87,26 @@ def _empty(text: str, columns: Iterable[str]) -> Drawn:
     return figure, pd.DataFrame(columns=list(columns))
 
 
-def _grid(rows: Mapping[str, Any], *, cell: tuple[float, float]) -> Figure:
-    """Label -> a row of images, or of the arguments of :func:`_picture`; ``cell`` is the size of one in inches."""
-    columns = max(map(len, rows.values()))
-    figure, axes = _new(len(rows), columns, width=cell[0] * columns + 0.8, height=cell[1] * len(rows) + 0.3)
-    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
+def _grid(rows: Labelled, *, cell: tuple[float, float], titles: Labelled = {}, maps: Labelled = {}) -> Figure:  # noqa: B006
+    """Label -> a row of uint8 images [3, S, S], with ``titles``, in grey under ``maps`` [S, S]; ``cell`` in inches."""
+    most = max(map(len, rows.values()), default=0)
+    if not most:
+        return _empty("no image was selected", [])[0]
+    figure, axes = _new(len(rows), most, width=cell[0] * most + 0.8, height=cell[1] * len(rows) + 0.3)
+    for row, (name, images) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(_short(name))
         for ax in row:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-        for ax, picture in zip(row, pictures, strict=False):
-            _picture(ax, *(picture if isinstance(picture, tuple) else (picture,)))
+        for i, (ax, image) in enumerate(zip(row, images, strict=False)):
+            if name in maps:
+                ax.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                ax.imshow(maps[name][i].numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
+            else:
+                ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            if name in titles:
+                ax.set_title(titles[name][i].replace("$", r"\$"), fontsize=8)  # a dollar sign would begin a formula
     return figure
-
-
-def _picture(ax: Axes, image: Tensor, title: str = "", heatmap: Tensor | None = None, colour: str = "black") -> None:
-    """uint8 [3, S, S]; in grey under its map [S, S] where there is one."""
-    if heatmap is None:
-        ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-    else:
-        ax.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        ax.imshow(heatmap.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
-    ax.set_title(title.replace("$", r"\$"), fontsize=8, color=colour)  # a dollar sign would begin a formula
 
 
 def _short(text: object, length: int = 16) -> str:
@@ -126,28 +114,12 @@ def _short(text: object, length: int = 16) -> str:
     return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
 
 
-def _note(ax: Axes, x: float, y: float, text: str) -> None:
-    ax.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
-
-
-def _key(figure: Figure, dots: Mapping[Any, str], *more: Any, hollow: str = "") -> None:
-    """A legend below the figure: label -> colour of a dot, which is ``hollow`` for that label, and other handles."""
-    shape: Any = {"ls": "", "marker": "o", "ms": 5}
-    handles = [Line2D([], [], color=c, mfc="white" if k == hollow else c, label=k, **shape) for k, c in dots.items()]
+def _key(figure: Figure, dots: Mapping[Any, str], *more: Any) -> None:
+    """A legend below the figure: label -> colour of a dot, and other handles."""
+    handles = [Line2D([], [], color=colour, label=name, ls="", marker="o", ms=5) for name, colour in dots.items()]
     figure.legend(handles=[*handles, *more], loc="outside lower center", ncols=min(len(handles) + len(more), 5))
 
 
-def _differences(ax: Axes, dots: Iterable[tuple[Any, str, str]], *, upright: bool = False) -> None:
-    """Rows with their colours, of line and dot: differences and intervals, in points, over the band of small ones."""
-    (ax.axhspan if upright else ax.axvspan)(-100 * MARGIN, 100 * MARGIN, **BAND)
-    (ax.axhline if upright else ax.axvline)(0, color=NEUTRAL, lw=0.8)
-    for place, (row, colour, face) in enumerate(dots):
-        at, ends = 100 * row.difference, (100 * row.low, 100 * row.high)
-        (ax.vlines if upright else ax.hlines)(place, *ends, color=colour, lw=1.5)
-        ax.plot(*((place, at) if upright else (at, place)), marker="o", ms=4.5, color=colour, mfc=face)
-
-
-@styled
 def samples(dataset: Dataset, *, per_class: int = 8, most_classes: int = 10) -> Drawn:
     """The first training images of each class (of the first ``most_classes``), a row per class."""
     part, rows, table = dataset.train, {}, []
@@ -158,48 +130,41 @@ def samples(dataset: Dataset, *, per_class: int = 8, most_classes: int = 10) -> 
     return _grid(rows, cell=(0.8, 0.8)), pd.DataFrame(table)
 
 
-@styled
 def class_balance(dataset: Dataset) -> Drawn:
     """Images per class and part, stacked; many classes are sorted by size and drawn without names."""
     table = pd.DataFrame({"class": list(dataset.classes)})
     for part in (dataset.train, dataset.val, dataset.test):
         table[part.name] = part.labels.bincount(minlength=len(table)).numpy()
-    many, places, bottom = len(table) > 40, range(len(table)), np.zeros(len(table))
+    many, places, bottom = len(table) > 40, range(len(table)), 0
     if many:
         table = table.loc[table[list(PARTS)].sum(axis=1).sort_values(ascending=False, kind="stable").index]
     figure, ((ax,),) = _new(1, 1, width=7.5, height=3.2)
     for name, colour in PARTS.items():
-        label = f"{name} ({table[name].sum():,})"
-        ax.bar(places, table[name], bottom=bottom, color=colour, label=label, width=0.8)
+        ax.bar(places, table[name], 0.8, bottom, color=colour, label=f"{name} ({table[name].sum():,})")
         bottom += table[name].to_numpy()
-    if many:
-        ax.set_xlabel(f"{len(table)} classes, the largest first")
-    else:
-        ax.set_xticks(places, [_short(c) for c in table["class"]], rotation=40, ha="right")
-    ax.set_ylabel("images")
+    ax.set_xticks([] if many else places, [] if many else map(_short, table["class"]), rotation=40, ha="right")
+    ax.set(ylabel="images", xlabel=f"{len(table)} classes, the largest first" if many else "")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure, table
 
 
-@styled
 def augmented(dataset: Dataset, experiment: Experiment, *, columns: int = 10, draws: int = 3) -> Drawn:
     """The first training images as they are, and below them as the network sees them in some epochs."""
     part, e, index = dataset.train, experiment, torch.arange(min(columns, len(dataset.train)))
-    originals, whole = part.read(index).cpu(), {"classes": len(dataset.classes), "pool": batch.Pool.of(part)}
-    rows, table = {"original": originals}, []
+    rows, table = {"original": (originals := part.read(index).cpu())}, []
+    how = {"classes": len(dataset.classes), "pool": batch.Pool.of(part), "index": index, "experiment": e}
     for k in range(1, draws + 1):
-        how = {"index": index, "experiment": e, "draws": generators(e.seed, k), **whole}
-        images = rows[f"draw {k}"] = masking.to_uint8(batch.make(originals, part.labels[index], **how).images)
+        made = batch.make(originals, part.labels[index], draws=generators(e.seed, k), **how)
+        images = rows[f"draw {k}"] = masking.to_uint8(made.images)
         changed = (images != originals).any(1).float().mean((1, 2)).tolist()
         table += [[part.ids[i], k, e.augment, share] for i, share in enumerate(changed)]
     return _grid(rows, cell=(0.9, 0.95)), pd.DataFrame(table, columns=["id", "draw", "kinds", "changed_pixels"])
 
 
-@styled
 def curves(named: Mapping[str, Run]) -> Drawn:
     """Loss, accuracy and learning rate by epoch; a colour per run, dashed for training; dotted lines between stages."""
     figure, ((loss, accuracy, rate),) = _new(1, 3, width=10, height=3.1)
-    others, tables = iter((PROXIED, *OTHERS)), []
+    others, tables = iter((PROXIED, "#009E73", "#CC79A7", "#56B4E9")), []
     for name, run in named.items():
         m, colour = run.metrics, PLAIN if name == "plain" else next(others, NEUTRAL)
         tables.append(m.assign(run=name))
@@ -220,87 +185,68 @@ def curves(named: Mapping[str, Run]) -> Drawn:
     return figure, pd.concat(tables, ignore_index=True)
 
 
-@styled
 def worst(part: Part, scores: Scores, positions: Tensor, classes: Sequence[str], *, columns: int = 8) -> Drawn:
     """Images with what they are, what they were taken for, and the loss."""
-    known = ["id", "label", "predicted", "loss"]
-    if len(positions) == 0:
-        return _empty("no image qualifies", known)
-    names = [[classes[i] for i in numbers[positions].tolist()] for numbers in (part.labels, scores.predicted)]
-    found = [[part.ids[i] for i in positions.tolist()], *names, scores.loss[positions].numpy()]
-    table, pictures = pd.DataFrame(dict(zip(known, found, strict=True))), []
-    for image, row in zip(part.read(positions), table.itertuples(), strict=True):
+    names, ids = np.array(classes), [part.ids[i] for i in positions.tolist()]
+    found = {"id": ids, "label": names[part.labels[positions]], "predicted": names[scores.predicted[positions]]}
+    table = pd.DataFrame(found | {"loss": scores.loss[positions]})
+    figure = _grid({" " * i: part.read(at) for i, at in enumerate(positions.split(columns))}, cell=(1.25, 1.65))
+    for ax, row in zip(figure.axes, table.itertuples(), strict=False):
         title = f"{_short(row.label, 14)}\n→ {_short(row.predicted, 14)}\nloss {row.loss:.1f}"
-        pictures.append((image, title, None, WRONG if row.label != row.predicted else "black"))
-    rows = {" " * i: pictures[i : i + columns] for i in range(0, len(pictures), columns)}
-    return _grid(rows, cell=(1.25, 1.65)), table
+        ax.set_title(title, fontsize=8, color="black" if row.label == row.predicted else WRONG)
+    return figure, table
 
 
-@styled
 def proxies(made: Proxies | None, titles: Sequence[str] = ()) -> Drawn:
     """A column per image: original, heatmap over it, what is masked, proxy. None where there was no proxy step."""
-    if made is None or len(made.images) == 0:
-        text = "the step selected no image" if made else "the schedule has no proxy step"
-        return _empty(text, ["image", "masked_share", "changed_share"])
+    if made is None:
+        return _empty("the schedule has no proxy step", ["image", "masked_share", "changed_share"])
     titles = list(titles) or [str(k) for k in range(len(made.images))]
-    rows = {
-        "original": list(zip(made.originals, titles, strict=True)),
-        "heatmap": [(image, "", heatmap) for image, heatmap in zip(made.originals, made.maps, strict=True)],
-        "masked": made.mask.to(torch.uint8).mul(255).unsqueeze(1).expand(-1, 3, -1, -1),
-        "proxy": made.images,
-    }
+    grey = made.mask.to(torch.uint8).mul(255).unsqueeze(1).expand(-1, 3, -1, -1)
+    rows = {"original": made.originals, "heatmap": made.originals, "masked": grey, "proxy": made.images}
     table = {"image": [title.replace("\n", " ") for title in titles], "masked_share": made.mask.float().mean((1, 2))}
     table["changed_share"] = (made.images != made.originals).any(1).float().mean((1, 2))
-    return _grid(rows, cell=(1.2, 1.25)), pd.DataFrame(table)
+    figure = _grid(rows, cell=(1.2, 1.25), titles={"original": titles}, maps={"heatmap": made.maps})
+    return figure, pd.DataFrame(table)
 
 
-@styled
 def fills(made: Proxies, *, mask_region: str = "salient") -> Drawn:
     """A row per image, a column per fill, with weight 1; ``patch`` takes from the image above."""
-    images, table, columns = masking.to_float(made.originals), [], ["image", "fill", "mean_change"]
-    if len(images) == 0:
-        return _empty("no image qualifies", columns)
-    rows = {f"image {i}": [(image, "" if i else "original")] for i, image in enumerate(made.originals)}
+    images, table = masking.to_float(made.originals), []
+    rows = {f"image {i}": [image] for i, image in enumerate(made.originals)}
     how = {"mask_region": mask_region, "donors": images.roll(1, 0)}
-    for fill in FILLS:
+    for fill in FILLS if rows else ():
         changed = masking.apply(images, made.maps, made.mask, fill=fill, **how)
-        for i, image in enumerate(masking.to_uint8(changed)):
-            rows[f"image {i}"].append((image, "" if i else fill))
-            table.append([i, fill, float((changed[i] - images[i]).abs().mean())])
-    return _grid(rows, cell=(1.1, 1.15)), pd.DataFrame(table, columns=columns)
+        for row, image in zip(rows.values(), masking.to_uint8(changed), strict=True):
+            row.append(image)
+        table += [[i, fill, x] for i, x in enumerate((changed - images).abs().mean((1, 2, 3)).tolist())]
+    figure = _grid(rows, cell=(1.1, 1.15), titles={"image 0": ["original", *FILLS]})
+    return figure, pd.DataFrame(table, columns=["image", "fill", "mean_change"])
 
 
-@styled
 def threshold_by_weight(made: Proxies, *, fill: str = "mean", mask_region: str = "salient") -> Drawn:
     """The first image: a row per quantile, a column per weight. ``patch`` takes from the last image."""
-    columns = ["threshold", "weight", "fill", "masked_share", "mean_change"]
-    if len(made.images) == 0:
-        return _empty("no image qualifies", columns)
     image, maps, rows, table = masking.to_float(made.originals[:1]), made.maps[:1], {}, []
+    columns, weights = ["threshold", "weight", "fill", "masked_share", "mean_change"], (0.0, 0.25, 0.5, 0.75, 1.0)
     how = {"fill": fill, "mask_region": mask_region, "donors": masking.to_float(made.originals[-1:])}
     for t in (0.25, 0.5, 0.75, 0.9):
         mask = masking.region(maps, threshold_mode="quantile", threshold=t, mask_region=mask_region)
-        row = rows[f"threshold {t:g}"] = []
-        for w in (0.0, 0.25, 0.5, 0.75, 1.0):
-            changed = masking.apply(image, maps, mask, weight=w, **how)
-            row.append((masking.to_uint8(changed)[0], f"weight {w:g}" if len(rows) == 1 else ""))
-            table.append([t, w, fill, float(mask.float().mean()), float((changed - image).abs().mean())])
-    return _grid(rows, cell=(1.25, 1.25)), pd.DataFrame(table, columns=columns)
+        changed = torch.cat([masking.apply(image, maps, mask, weight=w, **how) for w in weights])
+        rows[f"threshold {t:g}"] = masking.to_uint8(changed)
+        changes = (changed - image).abs().mean((1, 2, 3)).tolist()
+        table += [[t, w, fill, float(mask.float().mean()), x] for w, x in zip(weights, changes, strict=False)]
+    titles = {"threshold 0.25": [f"weight {w:g}" for w in weights]}
+    return _grid(rows, cell=(1.25, 1.25), titles=titles), pd.DataFrame(table, columns=columns)
 
 
-@styled
 def compared(images: Mapping[str, Tensor], maps: Mapping[str, Tensor], table: pd.DataFrame) -> Drawn:
     """A column per image: the image, and below it each run's heatmap over it, with what it predicts and how surely."""
-    first = zip(next(iter(images.values())), map(_short, table["image"].unique()), strict=True)
-    rows: dict[str, list[Any]] = {"": list(first)}
-    for run, shown in images.items():
-        guesses = table[table["run"] == run].itertuples()
-        titles = [f"{_short(guess.predicted)}\n{guess.confidence:.0%}" for guess in guesses]
-        rows[run] = list(zip(shown, titles, maps[run], strict=True))
-    return _grid(rows, cell=(1.3, 1.6)), table
+    titles = {"": [_short(name) for name in table["image"].unique()]}
+    for run, rows in table.groupby("run"):
+        titles[str(run)] = [f"{_short(row.predicted)}\n{row.confidence:.0%}" for row in rows.itertuples()]
+    return _grid({"": next(iter(images.values())), **images}, cell=(1.3, 1.6), titles=titles, maps=maps), table
 
 
-@styled
 def with_and_without(pairs: pd.DataFrame) -> Drawn:
     """Test accuracy of each pair of runs: plain, with proxies, joined by a line."""
     if pairs.empty:
@@ -313,7 +259,8 @@ def with_and_without(pairs: pd.DataFrame) -> Drawn:
         ax.plot([i - 0.15, i + 0.15], both.T, color=NEUTRAL, lw=0.8, zorder=1)
         ax.scatter([i - 0.15] * len(rows), both[:, 0], color=PLAIN)
         ax.scatter([i + 0.15] * len(rows), both[:, 1], color=PROXIED)
-        _note(ax, i, both.max(), f"{100 * rows['test_accuracy_difference'].mean():+.1f} points\nn = {len(rows)}")
+        gain = f"{100 * rows['test_accuracy_difference'].mean():+.1f} points\nn = {len(rows)}"
+        ax.annotate(gain, (i, both.max()), **ABOVE)
     ax.set_xticks(range(len(arms)), [str(label) for label, _ in arms])
     ax.set(xlim=(-0.6, len(arms) - 0.4), ylabel="test accuracy", ymargin=0.35)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
@@ -321,7 +268,6 @@ def with_and_without(pairs: pd.DataFrame) -> Drawn:
     return figure, pairs
 
 
-@styled
 def accuracy_by(frame: pd.DataFrame) -> Drawn:
     """Validation accuracy, a panel per parameter and a dot per run with proxies; plain runs beside the schedules."""
     done, rows, by = usable(frame), [], ("schedule", "xai", "threshold", "weight", "fraction")
@@ -330,9 +276,8 @@ def accuracy_by(frame: pd.DataFrame) -> Drawn:
         shown = done if name == "schedule" else done[done["proxy_steps"] > 0]
         groups = list(shown.groupby(name))
         for i, (value, group) in enumerate(groups):
-            colours = np.where(group["proxy_steps"] > 0, PROXIED, PLAIN)
-            ax.scatter([i] * len(group), group["val_accuracy"], c=colours, s=22)
-            _note(ax, i, group["val_accuracy"].max(), f"n={len(group)}")
+            ax.scatter([i] * len(group), group["val_accuracy"], 22, np.where(group["proxy_steps"] > 0, PROXIED, PLAIN))
+            ax.annotate(f"n={len(group)}", (i, group["val_accuracy"].max()), **ABOVE)
             rows += [[name, value, r.run, r.seed, r.val_accuracy] for r in group.itertuples()]
         ax.set_xticks(range(len(groups)), [str(v) for v, _ in groups], rotation=30 if len(groups) > 2 else 0)
         ax.set(xlim=(-0.6, max(len(groups), 1) - 0.4), title=name)
@@ -342,48 +287,41 @@ def accuracy_by(frame: pd.DataFrame) -> Drawn:
     return figure, pd.DataFrame(rows, columns=["parameter", "value", "run", "seed", "val_accuracy"])
 
 
-@styled
-def forest(table: pd.DataFrame, *, metric: str = "test_accuracy") -> Drawn:
-    """A table of `statistics.compare`: each arm's difference to the reference, and the contrasts, with intervals."""
+def forest(
+    table: pd.DataFrame, *, metric: str = "test_accuracy", around: str = "", values: Mapping[str, Any] | None = None
+) -> Drawn:
+    """The differences in a table of `statistics.compare` with their intervals, a panel per dataset and model; or, with
+    ``values`` (parameter -> arm -> its value), one per parameter, with the arm ``around`` in each.
+    """
     shown = table[(table["metric"] == metric) & table["difference"].notna()]
-    groups = list(shown.groupby(["dataset", "model"], sort=False))
-    if not groups:
+    if values is None:
+        panel, label = shown["dataset"] + ", " + shown["model"], shown["arm"] + " − " + shown["against"]
+        drawn = shown.assign(panel=panel, label=label, colour=np.where(shown["declared"], DECLARED, NEUTRAL))
+        key = {"declared": DECLARED, "descriptive": NEUTRAL}
+    else:
+        named = [(name, arm, value) for name, arms in values.items() for arm, value in arms.items()]
+        drawn = pd.DataFrame(named, columns=["panel", "arm", "label"]).merge(shown, on="arm")
+        drawn["label"] += " − " + drawn["against"]
+        drawn["colour"] = np.where(drawn["arm"] == around, PROXIED, NEUTRAL)
+        key = {f"{around}, in every panel": PROXIED, "one parameter changed": NEUTRAL}
+    if drawn.empty:
         return _empty("no two arms of the study share a seed", shown.columns)
-    most = max(len(rows) for _, rows in groups)
-    figure, axes = _new(1, len(groups), width=3.4 + 4.6 * len(groups), height=0.3 * most + 1.4, sharex=True)
-    for ax, (key, group) in zip(axes.flat, groups, strict=True):
-        rows = list(group.itertuples())
-        colours = [DECLARED if row.declared else NEUTRAL for row in rows]
-        _differences(ax, zip(rows, colours, colours, strict=True))
-        ax.set_yticks(range(len(rows)), [f"{_short(f'{row.arm} − {row.against}', 56)}  (n = {row.n})" for row in rows])
-        ax.set(title=", ".join(key), xlabel=f"difference in {metric.replace('_', ' ')}, in points, 95 % interval")
-        ax.invert_yaxis()
-    _key(figure, {"declared": DECLARED, "descriptive": NEUTRAL}, Patch(label=WITHIN_MARGIN, **BAND))
+    panels = list(drawn.groupby("panel", sort=False))
+    heights = [len(rows) + 1 for _, rows in panels]
+    figure, axes = _new(len(panels), 1, width=7.5, height=0.24 * sum(heights) + 0.9, sharex=True, height_ratios=heights)
+    for ax, (title, rows) in zip(axes.flat, panels, strict=True):
+        y = range(len(rows))
+        ax.axvspan(-100 * MARGIN, 100 * MARGIN, **BAND)
+        ax.axvline(0, color=NEUTRAL, lw=0.8)
+        ax.hlines(y, 100 * rows["low"], 100 * rows["high"], color=rows["colour"], lw=1.5)
+        ax.scatter(100 * rows["difference"], y, color=rows["colour"], s=20, zorder=2)
+        ax.set_yticks(y, [f"{_short(row.label, 56)}  (n = {row.n})" for row in rows.itertuples()])
+        ax.set(title=title, ylim=(len(rows) - 0.5, -0.5))
+    axes[-1, 0].set_xlabel(f"difference in {metric.replace('_', ' ')}, in points, 95 % interval")
+    _key(figure, key, Patch(label=WITHIN_MARGIN, **BAND))
     return figure, shown
 
 
-@styled
-def one_at_a_time(table: pd.DataFrame, *, around: str, values: Mapping[str, Mapping[str, str]]) -> Drawn:
-    """A panel per parameter: ``values`` has parameter -> arm -> its value; the arm ``around`` stands in each."""
-    shown = table[(table["metric"] == "test_accuracy") & table["difference"].notna()]
-    values = {name: {arm: v for arm, v in arms.items() if arm in set(shown["arm"])} for name, arms in values.items()}
-    if shown.empty or not any(values.values()):
-        return _empty("no two arms of the study share a seed", shown.columns)
-    rows = {row.arm: row for row in shown.itertuples()}
-    widths = [len(arms) + 0.5 for arms in values.values()]
-    figure, axes = _new(1, len(values), width=0.62 * sum(widths) + 1.2, height=3.8, sharey=True, width_ratios=widths)
-    for ax, (name, arms) in zip(axes.flat, values.items(), strict=True):
-        _differences(ax, [(rows[arm], PROXIED, PROXIED if arm == around else "white") for arm in arms], upright=True)
-        ax.set_xticks(range(len(arms)), arms.values(), rotation=35, ha="right")
-        ax.set(xlim=(-0.6, len(arms) - 0.4), title=name)
-    n, against = " to ".join(map(str, sorted({shown["n"].min(), shown["n"].max()}))), shown["against"].iloc[0]
-    axes[0, 0].set_ylabel(f"difference to {against}, in points\nof test accuracy, 95 % interval (n = {n})")
-    others, band = "one parameter changed", Patch(label=WITHIN_MARGIN, **BAND)
-    _key(figure, {f"{around}, in every panel": PROXIED, others: PROXIED}, band, hollow=others)
-    return figure, shown
-
-
-@styled
 def decomposition(table: pd.DataFrame) -> Drawn:
     """A table of `statistics.decompose`: a panel per honest arm, a group of bars per arm, with intervals."""
     if table.empty:
@@ -395,9 +333,8 @@ def decomposition(table: pd.DataFrame) -> Drawn:
         arms = list(group.groupby("arm", sort=False))
         for i, (_, rows) in enumerate(arms):
             r = 100 * rows.set_index("component")[["mean", "low", "high"]]
-            places, errors = most - i - 0.16 * np.arange(len(r)), (r["mean"] - r["low"], r["high"] - r["mean"])
-            colours = [*COMPONENT_COLOURS.values()]
-            ax.barh(places, r["mean"], height=0.15, color=colours, xerr=errors, error_kw={"elinewidth": 0.9})
+            y, errors = most - i - 0.16 * np.arange(len(r)), (r["mean"] - r["low"], r["high"] - r["mean"])
+            ax.barh(y, r["mean"], 0.15, color=COMPONENT_COLOURS.values(), xerr=errors, error_kw={"elinewidth": 0.9})
         ticks = [f"{_short(arm, 40)}\n(n = {rows['n'].iloc[0]})" for arm, rows in arms]
         ax.set_yticks([most - i - 0.32 for i in range(len(arms))], ticks)
         ax.axvline(0, color=NEUTRAL, lw=0.8)
@@ -407,27 +344,23 @@ def decomposition(table: pd.DataFrame) -> Drawn:
     return figure, table
 
 
-@styled
 def confusion(matrix: pd.DataFrame) -> Drawn:
     """Row-normalised colours, counts written in; more than 30 classes go without names and counts."""
     n, counts = len(matrix), matrix.to_numpy()
-    named = n <= 30
-    side = max(4.2, 0.42 * n + 1.6) if named else 7
+    side, share = max(4.2, 0.42 * n + 1.6) if n <= 30 else 7, counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure, ((ax,),) = _new(1, 1, width=side + 0.8, height=side)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    drawn = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    if named:
+    colours = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(colours, ax=ax, shrink=0.7, label="share of the true class")
+    if n <= 30:
         for i, k in np.argwhere(counts):
             colour = "white" if share[i, k] > 0.5 else "black"
             ax.text(k, i, str(counts[i, k]), ha="center", va="center", fontsize=7, color=colour)
-        ax.set_xticks(range(n), [_short(c) for c in matrix.columns], rotation=45, ha="right")
-        ax.set_yticks(range(n), [_short(c) for c in matrix.index])
+        ax.set_xticks(range(n), map(_short, matrix.columns), rotation=45, ha="right")
+        ax.set_yticks(range(n), map(_short, matrix.index))
     ax.set(xlabel="predicted", ylabel="true")
-    figure.colorbar(drawn, ax=ax, shrink=0.7, label="share of the true class")
     return figure, matrix.stack().rename("images").rename_axis(["true_class", "predicted_class"]).reset_index()
 
 
-@styled
 def class_changes(table: pd.DataFrame, *, most: int = 10) -> Drawn:
     """F1 per class of the plain run and the one with proxies: the classes that gained and lost most."""
     ends = table if len(table) <= most else pd.concat([table.head(most // 2), table.tail(most // 2)])
@@ -438,7 +371,6 @@ def class_changes(table: pd.DataFrame, *, most: int = 10) -> Drawn:
     ax.scatter(shown["f1_proxy"], y, color=PROXIED, s=25, zorder=3)
     changes = ["" if pd.isna(d) else f"{round(100 * d, 1) + 0.0:+.1f}, " for d in shown["f1_change"]]
     labels = [f"{_short(c)}  ({d}n = {s})" for c, d, s in zip(shown["class"], changes, shown["support"], strict=True)]
-    ax.set_yticks(y, labels)
-    ax.set_xlabel("F1 on the test images (change in points, test images of the class)")
+    ax.set(yticks=y, yticklabels=labels, xlabel="F1 on the test images (change in points, test images of the class)")
     _key(figure, ARMS)
     return figure, table

@@ -18,38 +18,26 @@ from pa_core.files import home, replacing, shown
 from pa_core.params import PARAMETERS, markdown
 
 _EXPERIMENT = {p.name: (p.default, p.description + f" ({p.allowed})" * bool(p.allowed)) for p in PARAMETERS.values()}
-_DATA = ["dataset", "data_dir", "bad_images", "image_size", "train_fraction", "folds", "fold", "seed"]
+_DATA = "dataset data_dir bad_images image_size train_fraction folds fold seed".split()
 _FIGURES = {"figures_dir": ("figures/quick", "where figures are saved; this default lies in the repository")}
 _ANALYSIS = {
-    "runs_dir": _EXPERIMENT["runs_dir"],
-    **_FIGURES,
     "run_name": (None, "the run with proxies to open up; None is the latest that has a plain run beside it"),
     "images": (None, "a folder of your own images, to compare the two runs on; None is the first validation images"),
     "studies": ("committed", "draw the studies' committed tables, or 'runs': your own as far as they are finished"),
 }
-NOTEBOOKS: dict[str, dict[str, tuple[Any, str]]] = {
+NOTEBOOKS: dict[str, dict[str, tuple[Any, str]]] = {  # name -> parameter, in the cell's order -> (default, description)
     "01_data": {name: _EXPERIMENT[name] for name in _DATA} | _FIGURES,
     "02_training": _EXPERIMENT | _FIGURES,
     "03_proxy_loop": _EXPERIMENT | _FIGURES,
-    "04_analysis": _ANALYSIS,
+    "04_analysis": {"runs_dir": _EXPERIMENT["runs_dir"]} | _FIGURES | _ANALYSIS,
 }
-"""Notebook -> parameter -> (default, description), in the order of its parameters cell."""
-
-
-PAGE = """# Parameters
-
-The parameters of an experiment, by the same names in notebooks, params files, manifests and result columns; `none` is \
-Python's `None`. This page is written by `python -m pa_core.lab.notebooks write`.
-
-"""
 
 
 def parameters_cell(name: str = "03_proxy_loop") -> str:
     """The text of a notebook's parameters cell: a heading, then a line ``name = default  # description`` each."""
     lines = ["# Parameters of the experiment; docs/parameters.md explains them"]
-    for parameter, (default, text) in NOTEBOOKS[name].items():
-        value = json.dumps(default) if isinstance(default, str) else repr(default)
-        lines.append(f"{parameter} = {value}  # {text}")
+    for parameter, (value, text) in NOTEBOOKS[name].items():
+        lines.append(f"{parameter} = {json.dumps(value) if isinstance(value, str) else value}  # {text}")
     return "\n".join(lines)
 
 
@@ -73,36 +61,32 @@ def refuse_edited(path: Path) -> None:
         raise ParameterError("notebook", shown(path), f"must have the default parameters, not {other}: {how}")
 
 
-def write(path: Path) -> None:
-    """Write the parameters cell of one of NOTEBOOKS anew, in place."""
-    content = json.loads(path.read_text())
-    for cell in content["cells"]:
-        if "parameters" in cell["metadata"].get("tags", []):
-            cell["source"] = parameters_cell(path.stem).splitlines(keepends=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
 def main(words: list[str]) -> int:
     """Exit status: 0, or 2 where a notebook or the command is refused."""
-    paths = sorted((home() / "notebooks").glob("*.ipynb"))
-    if words[:1] == ["copy"] and len(words) == 2:
-        folder = Path(words[1])
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (path for path in paths if not (folder / path.name).exists()):
-            print(f"copied to {shown(Path(shutil.copyfile(path, folder / path.name)))}")
-    elif words in (["check"], ["write"]):
-        try:
-            for path in (path for path in paths if path.stem in NOTEBOOKS):
-                refuse_edited(path) if words == ["check"] else write(path)
-            if words == ["write"]:
-                with replacing(home() / "docs" / "parameters.md") as temporary:
-                    temporary.write_text(PAGE + markdown() + "\n", encoding="utf-8")
-        except ParameterError as error:
-            print(error, file=sys.stderr)
-            return 2
-    else:
-        print((__doc__ or "").strip(), file=sys.stderr)
+    paths, page = sorted((home() / "notebooks").glob("*.ipynb")), home() / "docs" / "parameters.md"
+    try:
+        match words:
+            case ["check"]:
+                for path in paths:
+                    refuse_edited(path)
+            case ["write"]:
+                for path in (path for path in paths if path.stem in NOTEBOOKS):
+                    content = json.loads(path.read_text())
+                    for cell in content["cells"]:
+                        if "parameters" in cell["metadata"].get("tags", []):
+                            cell["source"] = parameters_cell(path.stem).splitlines(keepends=True)
+                    with replacing(path) as temporary:
+                        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+                text, _, _ = page.read_text(encoding="utf-8").partition("| name |")
+                page.write_text(text + markdown() + "\n", encoding="utf-8")
+            case ["copy", folder]:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                for path in (path for path in paths if not (Path(folder) / path.name).exists()):
+                    print(f"copied to {shown(Path(shutil.copy(path, folder)))}")
+            case _:
+                raise ParameterError("command", " ".join(words), "must be check, write, or copy and a folder")
+    except ParameterError as error:
+        print(error, file=sys.stderr)
         return 2
     return 0
 

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -28,70 +27,42 @@ MEASURED = (*_ACCURACIES, "epochs", "train_seconds", "proxy_seconds")  # always 
 _IDENTITY = ("digest", "status", "started", "data_digest", "split_digest", "weights_digest", "device_name")
 _RESOLVED = {"batch_size": "used_batch_size", "precision": "used_precision"}  # may be auto -> column: what that was
 COMPARED = ("test_accuracy", "balanced_accuracy", "reported_accuracy", "proxy_epochs")  # of arms
-SHARED = ("split_digest", "data_digest", "device_name")  # by the runs of one seed, or they are no pairs
 
 
 def load(runs_dir: str = "runs", *, epochs: bool = False) -> pd.DataFrame:
-    """Every run under a folder, a row each, the earliest first.
+    """Every run under a folder, a row each, the earliest first; with ``epochs`` a row per epoch, of metrics.jsonl.
 
-    Args:
-        epochs: a row per epoch instead, with ``epoch``, ``stage``, and what metrics.jsonl holds, and no summary.
-
-    Returns:
-        Columns ``run`` (directory name), ``stale`` (made by other code than this: the tables here leave it out),
-        ``digest``, ``status``, ``started``, digests, the parameters (``image_size`` as resolved), ``proxy_steps``, and
-        every number of summary.json (NaN where a run has not finished). Runs of another schema, and those with a
-        damaged file, are left out, and a UserWarning names them.
+    Columns: ``run`` (directory name), ``stale`` (made by other code than this: the tables here leave it out),
+    ``digest``, ``status``, ``started``, digests, the parameters (``image_size`` as resolved), ``proxy_steps``, and
+    every number of summary.json (NaN where a run has not finished). Runs of another schema, and those with a damaged
+    file, are left out, and a UserWarning names them; RunError where metrics.jsonl is damaged.
     """
-    home = runs_home(runs_dir)
-    rows, known = _rows(home), ["run", "stale", *_IDENTITY, *PARAMETERS, *_RESOLVED.values(), "proxy_steps"]
-    measured = [name for name in dict.fromkeys(chain(MEASURED, *rows)) if name not in known]
-    frame = pd.DataFrame({name: [row.get(name) for row in rows] for name in (*known, *measured)})
-    frame = frame.astype(dict.fromkeys(measured, float) | {"stale": bool, "proxy_steps": int})
-    frame = frame.sort_values(["started", "run"], kind="stable", ignore_index=True)
-    return _epochs(home, frame.drop(columns=measured)) if epochs else frame
-
-
-def numbers(summary: dict[str, Any]) -> dict[str, float]:
-    """What a summary measures."""
-    return {name: value for name, value in summary.items() if isinstance(value, (int, float))}
-
-
-def _rows(home: Path) -> list[dict[str, Any]]:
-    rows, damaged, others, version, steps = [], [], [], code_version(), cache(schedule.steps)
+    home, steps, rows, damaged, others = runs_home(runs_dir), cache(schedule.steps), [], [], []
     for name in sorted(entry.name for entry in os.scandir(home) if entry.is_dir()) if home.is_dir() else []:
         try:
             manifest, summary = read_json(home / name / "manifest.json"), read_json(home / name / "summary.json")
             if manifest.get("schema", 1) != SCHEMA:
                 others += [name] if manifest else []
                 continue
-            row = {"run": name, "stale": manifest["code_version"] != version} | {k: manifest[k] for k in _IDENTITY}
-            row |= {k: manifest["parameters"][k] for k in PARAMETERS} | {"image_size": manifest["image_size"]}
-            row |= {used: manifest[k] for k, used in _RESOLVED.items()} | {"proxy_steps": steps(row["schedule"])}
-            rows.append(numbers(summary) | row)
+            row = {"run": name, "stale": manifest["code_version"] != code_version()}
+            row |= {k: manifest[k] for k in _IDENTITY} | {k: manifest["parameters"][k] for k in PARAMETERS}
+            row |= {"image_size": manifest["image_size"], "proxy_steps": steps(row["schedule"])}
+            rows.append(summary | row | {used: manifest[k] for k, used in _RESOLVED.items()})
         except (RunError, KeyError, TypeError) as error:
             damaged.append(str(error) if isinstance(error, RunError) else f"{name} (manifest.json lacks {error})")
-    _left_out(damaged, "are damaged")
-    _left_out(others, f"have another schema than {SCHEMA}")
-    return rows
-
-
-def _left_out(names: Sequence[str], why: str) -> None:
-    if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        warnings.warn(f"{len(names)} runs {why} and are left out: {', '.join(names[:5])}{more}", stacklevel=4)
-
-
-def _epochs(home: Path, frame: pd.DataFrame) -> pd.DataFrame:
-    tables, damaged = {}, []
-    for name in frame["run"]:
-        try:
-            tables[name] = Run(home / name).metrics
-        except RunError as error:
-            damaged.append(str(error))
-    _left_out(damaged, "have damaged metrics")
-    measured = pd.concat(tables, names=["run"]).reset_index("run") if tables else frame[["run"]]
-    return frame.merge(measured[["run", *measured.columns.difference(frame.columns, sort=False)]], on="run")
+    for names, why in ((damaged, "are damaged"), (others, f"have another schema than {SCHEMA}")):
+        if names:
+            warnings.warn(f"{len(names)} runs {why} and are left out, the first {', '.join(names[:5])}", stacklevel=2)
+    known = ["run", "stale", *_IDENTITY, *PARAMETERS, *_RESOLVED.values(), "proxy_steps"]
+    measured = [name for name in dict.fromkeys(chain(MEASURED, *rows)) if name not in known]
+    frame = pd.DataFrame({name: [row.get(name) for row in rows] for name in (*known, *measured)})
+    frame = frame.astype(dict.fromkeys(measured, float) | {"stale": bool, "proxy_steps": int})
+    frame = frame.sort_values(["started", "run"], kind="stable", ignore_index=True)
+    if not (epochs and rows):
+        return frame
+    table = pd.concat({name: Run(home / name).metrics for name in frame["run"]}, names=["run"]).reset_index("run")
+    new = table.columns.difference(known, sort=False)  # lr is a parameter, too
+    return frame[known].merge(table[["run", *new]], on="run")
 
 
 def usable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -112,22 +83,18 @@ def _known(frame: pd.DataFrame, parameter: str, *names: str) -> list[str]:
 
 def best(frame: pd.DataFrame, *, by: Names = GROUPS, value: str = "val_accuracy") -> pd.DataFrame:
     """The best finished run of each group, and how many it is the best of (``n``); of a loss or of seconds the lowest.
-
     Choose by a validation measure and report the test one of the run chosen: the best of many test accuracies flatters.
     """
     by, done = _known(frame, "by", *by), usable(frame).dropna(subset=_known(frame, "value", value))
-    groups = done.groupby(by, sort=True, dropna=False)[value]
-    chosen = done.loc[(groups.idxmin() if value.endswith(("loss", "seconds")) else groups.idxmax()).to_numpy()]
+    groups = done.groupby(by, dropna=False)[value]
+    chosen = done.loc[groups.idxmin() if value.endswith(("loss", "seconds")) else groups.idxmax()]
     return chosen.assign(n=groups.size().to_numpy()).reset_index(drop=True)
 
 
 def pivot(
     frame: pd.DataFrame, *, rows: Names = GROUPS, columns: Names = ("schedule",), value: str = "test_accuracy"
 ) -> pd.DataFrame:
-    """Mean, standard deviation and number of finished runs, rows by columns.
-
-    The columns' last level is ``mean``, ``sd`` (with n - 1; NaN for a single run) and ``n``.
-    """
+    """Of finished runs, rows by columns: the last level is ``mean``, ``sd`` (with n - 1; NaN for one run) and ``n``."""
     keys = [*_known(frame, "rows", *rows), *_known(frame, "columns", *columns)]
     done = usable(frame).dropna(subset=_known(frame, "value", value))
     table = done.groupby(keys, dropna=False)[value].agg(mean="mean", sd="std", n="size").unstack(keys[len(rows) :])
@@ -136,48 +103,44 @@ def pivot(
 
 
 def latex(table: pd.DataFrame, *, caption: str = "", label: str = "", percent: bool = True) -> str:
-    """A table of :func:`pivot` as LaTeX with booktabs: ``71.4 $\\pm$ 0.3 (n = 5)`` in each cell, ``--`` without a run.
-
-    ``caption`` is LaTeX text; with ``percent`` values are multiplied by 100, which the caption should say.
+    """A table of :func:`pivot` as LaTeX with booktabs: ``71.4 $\\pm$ 0.3 (n = 5)`` in each cell, ``--`` without a run;
+    with ``percent`` times 100, which the caption, LaTeX text, should say.
     """
-    cells = pd.DataFrame(index=table.index)
+    cells, factor = pd.DataFrame(index=table.index), 100 if percent else 1
     for key in table.columns.droplevel(-1).unique():
-        name = " / ".join(map(str, key)) if isinstance(key, tuple) else str(key)
-        cells[name] = [_cell(*row, factor=100 if percent else 1) for row in table[key][["mean", "sd", "n"]].to_numpy()]
+        texts = []
+        for mean, sd, n in table[key][["mean", "sd", "n"]].to_numpy():
+            spread = "" if pd.isna(sd) else rf" $\pm$ {factor * sd:.1f}"
+            texts.append("--" if pd.isna(mean) else f"{factor * mean:.1f}{spread} (n = {n:.0f})")
+        cells[" / ".join(map(str, key)) if isinstance(key, tuple) else str(key)] = texts
     style = cells.reset_index().style.hide(axis="index").format_index(escape="latex", axis=1)
     style = style.format(str, escape="latex", subset=list(table.index.names))
     options: dict[str, Any] = {"column_format": "l" * table.index.nlevels + "r" * cells.shape[1], "hrules": True}
     return style.to_latex(caption=caption or None, label=label or None, position_float="centering", **options)
 
 
-def _cell(mean: float, sd: float, n: float, *, factor: float) -> str:
-    spread = "" if pd.isna(sd) else rf" $\pm$ {factor * sd:.1f}"
-    return "--" if pd.isna(mean) else f"{factor * mean:.1f}{spread} (n = {n:.0f})"
-
-
 def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     """Each finished run with proxies beside the plain run of equal length that shares all else, the device included.
 
-    The plain run is the one that `Experiment.plain` of the run's own parameters names, found by its digest. A row has
-    ``run``, ``plain_run``, the proxy parameters, ``seed``, and of each accuracy the run's value, the plain one's
-    (``plain_...``) and the ``..._difference``.
+    The plain run, `Experiment.plain`, is found by its digest. A row has ``run``, ``plain_run``, the proxy parameters,
+    ``seed``, and of each accuracy the run's value, the plain one's (``plain_...``) and the ``..._difference``.
     """
     done, accuracies = usable(frame), _ACCURACIES[:3]
     shared = ["digest", "split_digest", "device_name", *_RESOLVED.values()]
     plain, proxied = done[done["proxy_steps"] == 0], done[done["proxy_steps"] > 0]
     plain = plain.set_index(shared)[["run", *accuracies]].add_prefix("plain_").reset_index()
-    merged = proxied.assign(digest=[_plain_digest(row) for row in proxied.to_dict("records")]).merge(plain, on=shared)
-    differences = {f"{name}_difference": merged[name] - merged[f"plain_{name}"] for name in accuracies}
-    parameters = ["dataset", "model", "schedule", *(name for name in PARAMETERS if name in PROXY_PARAMETERS), "seed"]
-    measured = [text.format(name) for name in accuracies for text in ("{}", "plain_{}", "{}_difference")]
-    return merged.assign(**differences)[["run", "plain_run", *parameters, *measured]]
-
-
-def _plain_digest(row: dict[str, Any]) -> str:
-    values = {name: None if pd.isna(row[name]) else row[name] for name in PARAMETERS}
-    weights = "" if pd.isna(row["weights_digest"]) else row["weights_digest"]
-    content = {"data": row["data_digest"], "image_size": int(row["image_size"]), "weights": weights}
-    return Experiment.from_mapping(values).plain().digest(**content)
+    digests = []
+    for row in proxied.to_dict("records"):
+        e = Experiment.from_mapping({name: None if pd.isna(row[name]) else row[name] for name in PARAMETERS})
+        content = {"data": row["data_digest"], "image_size": int(row["image_size"]), "weights": row["weights_digest"]}
+        digests.append(e.plain().digest(**content))
+    merged = proxied.assign(digest=digests).merge(plain, on=shared)
+    columns = ["run", "plain_run", "dataset", "model", "schedule", *(p for p in PARAMETERS if p in PROXY_PARAMETERS)]
+    columns.append("seed")
+    for name in accuracies:
+        merged[f"{name}_difference"] = merged[name] - merged[f"plain_{name}"]
+        columns += [name, f"plain_{name}", f"{name}_difference"]
+    return merged[columns]
 
 
 def pair_of(frame: pd.DataFrame, run_name: str | None = None, runs_dir: str = "runs") -> tuple[Run | None, Run]:
@@ -186,10 +149,9 @@ def pair_of(frame: pd.DataFrame, run_name: str | None = None, runs_dir: str = "r
     if run_name is not None and run_name not in finished:
         raise ParameterError("run_name", run_name, f"must be a finished run{did_you_mean(run_name, finished)}")
     plain_runs = pairs(frame).set_index("run")["plain_run"]
-    latest = [*plain_runs.index[-1:], *usable(frame)["run"].iloc[-1:]]
-    if not (run_name or latest):
+    name = run_name or next(iter([*plain_runs.index[-1:], *usable(frame)["run"].iloc[-1:]]), None)
+    if name is None:
         raise RunError(f"no run under {runs_home(runs_dir)} was finished by this code; notebooks 02 and 03 make some")
-    name = run_name or latest[0]
     plain = open_run(plain_runs[name], runs_dir) if name in plain_runs.index else None
     return plain, open_run(name, runs_dir)
 
@@ -206,7 +168,6 @@ def open_run(name: str, runs_dir: str = "runs") -> Run:
 
 def class_changes(plain: Run | None, other: Run) -> pd.DataFrame:
     """Per class: support, precision, recall and F1 of both runs on the test images, and the change, most gained first.
-
     Without a plain run its columns are NaN; runs that were tested on different images are refused.
     """
     measures = ["precision", "recall", "f1"]
@@ -214,7 +175,8 @@ def class_changes(plain: Run | None, other: Run) -> pd.DataFrame:
         raise RunError(f"{plain.path.name} and {other.path.name} were tested on different data")
     before = plain.classes if plain else other.classes.assign(**dict.fromkeys(measures, float("nan")))
     table = before.merge(other.classes.drop(columns="support"), on="class", suffixes=("_plain", "_proxy"))
-    table = table.assign(**{f"{name}_change": table[f"{name}_proxy"] - table[f"{name}_plain"] for name in measures})
+    for name in measures:
+        table[f"{name}_change"] = table[f"{name}_proxy"] - table[f"{name}_plain"]
     return table.sort_values("f1_change", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -223,7 +185,7 @@ def runs_table(frame: pd.DataFrame, *, study: str = "", metrics: Sequence[str] =
     _known(frame, "frame", "arm")
     done = usable(frame).assign(study=study)
     for key, group in done.groupby(["dataset", "model", "seed"], sort=False):
-        for name in SHARED:
+        for name in ("split_digest", "data_digest", "device_name"):
             if group[name].nunique(dropna=False) > 1:
                 raise RunError(f"the runs of {key} are no pairs: {', '.join(group['arm'])} differ in {name}")
     done["proxy_epochs"] = done["proxy_seconds"] / (done["train_seconds"] / done["epochs"])
@@ -235,19 +197,18 @@ def runs_table(frame: pd.DataFrame, *, study: str = "", metrics: Sequence[str] =
 
 
 def compare(
-    frame: pd.DataFrame, *, reference: str, declared: Iterable[Contrast | str] = (), metrics: Sequence[str] = COMPARED
+    frame: pd.DataFrame, *, reference: str, declared: Iterable[str] = (), metrics: Sequence[str] = COMPARED
 ) -> pd.DataFrame:
     """The arms of a sweep, paired by seed, as `statistics.compare` does: differences, intervals, p-values, verdicts.
 
-    Args:
-        frame: of `sweep.run`, or of :func:`load` with a column ``arm``: finished runs of this code count. Arms that a
-            grid splits up need names of their own: ``frame.assign(arm=frame["arm"] + frame["fill"])``.
-        declared: contrasts, such as ``"proxies - plain"``, that were fixed before the first run.
-        metrics: numbers of summary.json, and proxy_epochs (what the proxy steps cost, in epochs of the run's own
-            training); declared contrasts are tested in test_accuracy alone.
+    ``frame`` is of `sweep.run`, or of :func:`load` with a column ``arm``: finished runs of this code count. Arms that a
+    grid splits up need names of their own: ``frame.assign(arm=frame["arm"] + frame["fill"])``. ``declared`` are
+    contrasts, such as ``"proxies - plain"``, that were fixed before the first run; they are tested in test_accuracy
+    alone. ``metrics`` are numbers of summary.json, and proxy_epochs: what the proxy steps cost, in epochs of the run's
+    own training.
     """
-    declared = [Contrast.parse(c) if isinstance(c, str) else c for c in declared]
-    return statistics.compare(runs_table(frame, metrics=metrics), reference=reference, declared=declared)
+    runs = runs_table(frame, metrics=metrics)
+    return statistics.compare(runs, reference=reference, declared=map(Contrast.parse, declared))
 
 
 def command(notebook: str, **parameters: Any) -> str:

@@ -162,7 +162,7 @@ def draw(study: Study, name: str, table: pd.DataFrame) -> Figure:
     if name.endswith(DECOMPOSITION):
         return figures.decomposition(table)[0]
     if study.file.around:
-        return figures.one_at_a_time(table, around=study.file.around, values=_values(study))[0]
+        return figures.forest(table, around=study.file.around, values=_values(study))[0]
     return figures.forest(table)[0]
 
 
