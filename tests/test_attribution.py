@@ -19,6 +19,7 @@ from pa_core.attribution import CONTROLS, METHODS, heatmaps
 from pa_core.attribution.pixels import RESCALE, contributions
 from pa_core.errors import ParameterError
 from pa_core.files import home
+from pa_core.lab import notebooks
 from pa_core.models import Cam, Classifier, create
 
 # A network whose every number can be computed by hand: features are the first two colour channels of a 2 x 2
@@ -636,6 +637,7 @@ def test_a_smooth_random_field_is_smooth():
 
 def test_every_method_has_a_row_in_docs_methods_md():
     page = (home() / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert page.endswith(notebooks.methods() + "\n"), "python -m pa_core.lab.notebooks write"
     rows = [line.replace(r"\|", "").strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["xai", *METHODS] and all(len(row) == 3 and all(row) for row in rows)
     assert [row[0] for row in rows if row[1].startswith("control: ")] == list(CONTROLS)

@@ -207,7 +207,7 @@ def test_every_other_file_of_the_package_is_installed_with_it():
 
 # Budgets. The design asks for 5,900 lines, 4,000 of them outside lab/; until then the package only gets shorter.
 
-MOST, MOST_OUTSIDE_LAB, MOST_IN_A_FILE = 7250, 5000, 450
+MOST, MOST_OUTSIDE_LAB, MOST_IN_A_FILE = 5900, 4000, 450
 
 
 def lines(path: Path) -> int:

@@ -1,7 +1,7 @@
 """The parameters cells of the notebooks: written from `params`, checked, and copies of the notebooks to work in.
 
 python -m pa_core.lab.notebooks check       # refuse a notebook whose parameters cell was edited
-python -m pa_core.lab.notebooks write       # write the parameters cells and docs/parameters.md anew
+python -m pa_core.lab.notebooks write       # write the parameters cells, docs/parameters.md and docs/methods.md anew
 python -m pa_core.lab.notebooks copy DIR    # copy the notebooks that DIR does not have yet
 """
 
@@ -41,6 +41,25 @@ def parameters_cell(name: str = "03_proxy_loop") -> str:
     return "\n".join(lines)
 
 
+def methods() -> str:
+    """The table of docs/methods.md: of each method the first paragraph of its docstring, and its cost."""
+    from pa_core.attribution.methods import CAMS, CONTROLS, METHODS
+
+    rows, passes = ["| xai | what it is | passes per image |", "|---|---|---|"], {}
+    passes |= dict.fromkeys(METHODS, "1 forward and backward")
+    passes |= dict.fromkeys(CAMS, "1 forward, backward to the CAM layer") | dict.fromkeys(CONTROLS, "none")
+    passes |= {"scorecam": "1 forward per channel of the CAM layer", "occlusion": "50 forward"}
+    passes |= {"attention_rollout": "1 forward"}
+    several = {"integrated_gradients": 32, "smoothgrad": 16, "gradient_shap": 16, "deeplift": 2, "guided_gradcam": 2}
+    passes |= {name: f"{n} forward and backward" for name, n in several.items()}
+    docs = {name: (method.__doc__ or "").partition("\n\n")[0] for name, method in METHODS.items()}
+    docs["eigengradcam"] = "g_k A_k, of which the first principal component is taken instead of the sum"
+    for name, text in docs.items():
+        text = " ".join(text.split()).rstrip(".").replace("|", r"\|").replace("``", "`")
+        rows.append(f"| {name} | {'control: ' * (name in CONTROLS)}{text} | {passes[name]} |")
+    return "\n".join(rows)
+
+
 def parameters_source(path: Path) -> str:
     """The cell of a notebook that papermill sets, empty where there is none; ParameterError where it is no notebook."""
     try:
@@ -63,7 +82,7 @@ def refuse_edited(path: Path) -> None:
 
 def main(words: list[str]) -> int:
     """Exit status: 0, or 2 where a notebook or the command is refused."""
-    paths, page = sorted((home() / "notebooks").glob("*.ipynb")), home() / "docs" / "parameters.md"
+    paths = sorted((home() / "notebooks").glob("*.ipynb"))
     try:
         match words:
             case ["check"]:
@@ -77,8 +96,11 @@ def main(words: list[str]) -> int:
                             cell["source"] = parameters_cell(path.stem).splitlines(keepends=True)
                     with replacing(path) as temporary:
                         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-                text, _, _ = page.read_text(encoding="utf-8").partition("| name |")
-                page.write_text(text + markdown() + "\n", encoding="utf-8")
+                for page, begin, made in (("parameters", "| name |", markdown()), ("methods", "| xai |", methods())):
+                    path = home() / "docs" / f"{page}.md"
+                    path.write_text(
+                        path.read_text(encoding="utf-8").partition(begin)[0] + made + "\n", encoding="utf-8"
+                    )
             case ["copy", folder]:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 for path in (path for path in paths if not (Path(folder) / path.name).exists()):
