@@ -40,7 +40,7 @@ def test_every_study_file_is_a_study(name):
 
 def test_the_primary_study_has_its_arms_contrasts_and_seeds():
     read = study.read("a")
-    assert [str(c) for c in read.file.contrasts] == [
+    assert [" - ".join(c) for c in read.file.contrasts] == [
         "salient - shuffled",
         "salient - plain",
         "salient - random erasing",

@@ -175,12 +175,13 @@ def test_an_edited_notebook_of_the_repository_is_refused_and_a_copy_is_not(tmp_p
 def test_parameters_cells_are_written_and_copies_overwrite_nothing(tmp_path, monkeypatch, capsys):
     shutil.copytree(home() / "notebooks", tmp_path / "notebooks")
     (tmp_path / "docs").mkdir()
-    text = (home() / "docs" / "parameters.md").read_text()
-    (tmp_path / "docs" / "parameters.md").write_text(text.replace("| lr |", "| rate |"))
+    pages = {page: (home() / "docs" / page).read_text() for page in ("parameters.md", "methods.md")}
+    for page, text in pages.items():
+        (tmp_path / "docs" / page).write_text(text.replace("| lr |", "| rate |").replace("| gradcam |", "| cam |"))
     monkeypatch.setattr(notebooks, "home", lambda: tmp_path)
     path = edited(tmp_path, lr=0.5)
     assert notebooks.main(["write"]) == 0 and notebooks.main(["check"]) == 0
-    assert (tmp_path / "docs" / "parameters.md").read_text() == text
+    assert {page: (tmp_path / "docs" / page).read_text() for page in pages} == pages
     assert notebooks.parameters_source(path) == notebooks.parameters_cell()
     values: dict[str, Any] = {}
     exec(notebooks.parameters_source(path), values)
