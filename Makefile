@@ -14,7 +14,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 
 ifdef PY
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY)
-NEEDS := torch torchvision timm captum papermill matplotlib pandas sklearn pydantic yaml filelock
+NEEDS := torch torchvision timm captum papermill matplotlib pandas sklearn statsmodels pydantic yaml filelock safetensors psutil tqdm
 MISSING := import sys, importlib.util as u; print(*[m for m in sys.argv[1:] if not u.find_spec(m)])
 else
 RUN = PYTHONPATH="$(CURDIR)" $(VENV)/bin/python

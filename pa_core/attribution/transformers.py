@@ -17,7 +17,7 @@ from pa_core.models import Classifier
 
 
 def attention_rollout(request: Request) -> Tensor:
-    """(attention, averaged over heads, + I) / 2 through the blocks (Abnar & Zuidema 2020, section 3 and appendix A.1).
+    """product over blocks of (attention averaged over heads + I) / 2 (Abnar & Zuidema 2020, section 3, appendix A.1).
 
     It is the same whatever class is explained. The halves are left to the scaling.
     """
@@ -27,7 +27,7 @@ def attention_rollout(request: Request) -> Tensor:
 
 
 def chefer(request: Request) -> Tensor:
-    """I + mean over heads of relu(attention * its gradient) through the blocks (Chefer et al. 2021, ICCV, eq. 5, 6)."""
+    """product over blocks of I + mean over heads of relu(attention * gradient) (Chefer et al. 2021, eq. 5, 6)."""
     with torch.enable_grad():
         attentions, logits = _forward(request.model, request.images.clone().requires_grad_())
         gradients = torch.autograd.grad(score(logits, request.target), attentions)

@@ -1,4 +1,4 @@
-"""Datasets: names, splits by image id, images decoded once. A module imports only those before it, see dataset.py."""
+"""Datasets: names, splits by image id, images decoded once. In order: decode, sources, splits, dataset."""
 
 from pa_core.data.dataset import Dataset, Part, fits, identify, load, send
 from pa_core.data.decode import read_image
