@@ -29,7 +29,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from pa_core import models
 from pa_core.errors import RunError
@@ -136,7 +136,7 @@ def update_manifest(path: Path, **changes: Any) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write ``checkpoint.pt``: what torch saves, and its SHA-256 behind it, because torch compares no checksum."""
-    content = io.BytesIO()
+    content = io.BytesIO()  # into a file, torch would raise an error of its own over that of a full disk
     torch.save(state, content)
     content.write(hashlib.sha256(content.getbuffer()).digest())
     with replacing(path / "checkpoint.pt") as temporary:
@@ -148,9 +148,9 @@ def load_checkpoint(path: Path, log: Callable[[str], None] = print) -> dict[str,
     file = path / "checkpoint.pt"
     if not file.is_file():
         return None
-    content = file.read_bytes()
+    content = memoryview(file.read_bytes())
     if hashlib.sha256(content[:-32]).digest() == content[-32:]:
-        return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     log(f"{shown(file)} is damaged (its checksum is wrong); the run starts over")
     file.unlink()
     return None
@@ -165,7 +165,7 @@ def save_weights(path: Path, network: torch.nn.Module) -> None:
     state = models.plain_state(network)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     with replacing(path / "weights.safetensors") as temporary:
-        temporary.write_bytes(save(tensors))
+        save_file(tensors, temporary)
 
 
 @cache

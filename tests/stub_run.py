@@ -3,7 +3,7 @@
 It lies as ``papermill.py`` on the path of the processes that a sweep starts, and is called as papermill is:
 ``NOTEBOOK OUTPUT -f PARAMETERS ...``. Where the run of a seed lies is in ``$STUB/places.json``. What it does for a seed
 is the text of the file ``SEED`` there, else it succeeds: ``error`` raises in a cell, ``die`` kills itself, ``die once``
-the first time only, ``nothing`` makes no run, ``wait`` lasts until the file ``go`` is there.
+the first time only, ``kill`` its worker, ``nothing`` makes no run, ``wait`` lasts until the file ``go`` is there.
 """
 
 import json
@@ -49,6 +49,9 @@ with FileLock(manifest.with_name("lock")):
                 behaviour.write_text("")
             print("about to die", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        if what == "kill":
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)  # it ends with its worker
         while what == "wait" and not (stub / "go").exists():
             time.sleep(0.02)
         note("trained", "")

@@ -305,6 +305,11 @@ def test_refusals():
     assert attribution.resolve("gradcamplusplus") == attribution.resolve("gradcampp") == "gradcam++"
 
 
+@pytest.mark.parametrize("method", ["gradcam", "scorecam", "smoothgrad", "occlusion", "random", "center"])
+def test_no_images_have_no_maps(method):
+    assert heatmaps(toy(), torch.zeros(0, 3, 2, 2), method=method).shape == (0, 2, 2)
+
+
 def test_no_variation():
     assert attribution.scale(torch.full((1, 4, 4), 3.0)).abs().sum() == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -590,7 +591,10 @@ def test_images_are_found_by_content(tmp_path, home):
     assert len(list(home.glob("cache/*.npy"))) == 2
 
 
-@pytest.mark.parametrize("damage", ["short", "empty", "header", "gone", "index", "version"])
+INDEXES = {"index": "{", "no keys": "{}", "a list": "[]", "null": "null"}
+
+
+@pytest.mark.parametrize("damage", ["short", "empty", "header", "gone", "rows", "version", *INDEXES])
 def test_a_cache_that_does_not_fit_is_built_again(tmp_path, home, damage, monkeypatch):
     root = make_folder(tmp_path / "d", SIX)
     first = everything(load(root))
@@ -598,8 +602,11 @@ def test_a_cache_that_does_not_fit_is_built_again(tmp_path, home, damage, monkey
     content = path.read_bytes()
     if damage == "gone":
         path.unlink()
-    elif damage == "index":
-        index.write_text("{")
+    elif damage in INDEXES:
+        index.write_text(INDEXES[damage])
+    elif damage == "rows":
+        kept = json.loads(index.read_text())
+        index.write_text(json.dumps(kept | {"entries": kept["entries"][:-1]}))
     elif damage == "version":
         path.write_bytes(bytes(len(content)))
         monkeypatch.setattr(decode, "VERSION", -1)

@@ -402,7 +402,7 @@ def test_what_fails_is_reported_and_the_others_go_on(lab):
     written = pd.read_csv(report).set_index("seed")
     assert list(written["status"]) == list(frame["status"]) and written["error"][1] == frame["error"][1]
     left = {file.name for file in report.parent.rglob("*") if file.is_file()}
-    assert left == {"report.csv", "parameters.yaml", "log.txt", "notebook.ipynb"}
+    assert left == {"report.csv", "parameters.yaml", "log.txt", "notebook.ipynb", "starts"}
     # what failed, and only that, is tried again
     lab.behave(_1="", _3="", _4="")
     again = lab.sweep(6)
@@ -446,6 +446,15 @@ def test_a_killed_worker_has_its_run_started_again(lab):
     thread.join(300)
     assert list(made[0]["status"]) == ["finished"] * 3
     assert lab.trained == dict.fromkeys(range(3), 1)
+
+
+def test_a_run_that_kills_its_workers_fails_alone(lab):
+    """Those that wait on the worker that dies are not blamed."""
+    lab.behave(_0="kill")
+    frame = lab.sweep(5, workers=1).set_index("seed")
+    assert list(frame["status"]) == ["failed"] + ["finished"] * 4
+    assert frame["error"][0] == "its worker ended 3 times without an error"
+    assert len([seed for seed, *_ in lab.noted("started") if seed == "0"]) == 1 + workers.RETRIES
 
 
 def test_many_runs_on_two_workers(lab):

@@ -90,6 +90,8 @@ def heatmaps(
     if not checked:
         check(method, smooth=smooth, model=model)
     method, images, size = resolve(method), images.detach(), images.shape[-1]
+    if not len(images):  # nothing was selected
+        return images.new_zeros(images[:, 0].shape, dtype=torch.float32)
     ids = [str(i) for i in range(len(images))] if ids is None else ids
     with as_found(model):
         if target is None and not fused(method, smooth):

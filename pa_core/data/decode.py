@@ -85,9 +85,10 @@ def _cached(home: Path, source: Source, size: int | None) -> Catalogue | None:
     """None where the files have changed, there is no cache of this size, or what there is is damaged."""
     try:
         kept = json.loads(_index(home, source, size).read_bytes())
-        entries, store = [Entry(*row) for row in kept["entries"]], home / kept["store"]
-        return Catalogue(source.origin, kept["classes"], entries, np.load(store, mmap_mode="r"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
+        entries, pixels = [Entry(*row) for row in kept["entries"]], np.load(home / kept["store"], mmap_mode="r")
+        found = Catalogue(source.origin, kept["classes"], entries, pixels)
+        return found if pixels.shape == (len(entries), 3, *pixels.shape[-1:] * 2) else None
+    except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError):
         return None  # numpy raises ValueError for a damaged header and for a file that is too short
 
 

@@ -35,9 +35,9 @@ def load(runs_dir: str = "runs", *, epochs: bool = False) -> pd.DataFrame:
     Columns: ``run`` (directory name), ``stale`` (made by other code than this: the tables here leave it out),
     ``digest``, ``status``, ``started``, digests, the parameters (``image_size`` as resolved), ``proxy_steps``, and
     every number of summary.json (NaN where a run has not finished). Runs of another schema, and those with a damaged
-    file, are left out, and a UserWarning names them; RunError where metrics.jsonl is damaged.
+    file, are left out, and a UserWarning names them.
     """
-    home, steps, rows, damaged, others = runs_home(runs_dir), cache(schedule.steps), [], [], []
+    home, steps, rows, tables, damaged, others = runs_home(runs_dir), cache(schedule.steps), [], {}, [], []
     for name in sorted(entry.name for entry in os.scandir(home) if entry.is_dir()) if home.is_dir() else []:
         try:
             manifest, summary = read_json(home / name / "manifest.json"), read_json(home / name / "summary.json")
@@ -47,6 +47,7 @@ def load(runs_dir: str = "runs", *, epochs: bool = False) -> pd.DataFrame:
             row = {"run": name, "stale": manifest["code_version"] != code_version()}
             row |= {k: manifest[k] for k in _IDENTITY} | {k: manifest["parameters"][k] for k in PARAMETERS}
             row |= {"image_size": manifest["image_size"], "proxy_steps": steps(row["schedule"])}
+            tables |= {name: Run(home / name).metrics} if epochs else {}
             rows.append(summary | row | {used: manifest[k] for k, used in _RESOLVED.items()})
         except (RunError, KeyError, TypeError) as error:
             damaged.append(str(error) if isinstance(error, RunError) else f"{name} (manifest.json lacks {error})")
@@ -60,7 +61,7 @@ def load(runs_dir: str = "runs", *, epochs: bool = False) -> pd.DataFrame:
     frame = frame.sort_values(["started", "run"], kind="stable", ignore_index=True)
     if not (epochs and rows):
         return frame
-    table = pd.concat({name: Run(home / name).metrics for name in frame["run"]}, names=["run"]).reset_index("run")
+    table = pd.concat(tables, names=["run"]).reset_index("run")
     new = table.columns.difference(known, sort=False)  # lr is a parameter, too
     return frame[known].merge(table[["run", *new]], on="run")
 

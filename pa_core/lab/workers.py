@@ -32,7 +32,8 @@ from pa_core.params import Experiment
 Log = Callable[[str], None]
 RETRIES = 2  # of a run whose process or worker died without an error: killed, out of memory
 TRIM = "MALLOC_TRIM_THRESHOLD_"  # Dask has its workers return memory at once, which slows training by a third
-SETTINGS = {f"distributed.nanny.pre-spawn-environ.{TRIM}": None, "distributed.scheduler.allowed-failures": RETRIES}
+# Dask blames all runs on a worker that dies, those that only wait there, too: here each counts its own starts.
+SETTINGS = {f"distributed.nanny.pre-spawn-environ.{TRIM}": None, "distributed.scheduler.allowed-failures": 1000}
 # A terminal's Ctrl-C is for the sweep, which ends its workers. What they start would inherit SIG_IGN.
 _IGNORE_CTRL_C = "import signal\nsignal.signal(signal.SIGINT, lambda *_: None)\n"
 # A worker of a running cluster may have several threads; torch's generator and thread count are the process's.
@@ -138,6 +139,9 @@ def execute(
     if gpus:  # one for each worker of this machine; elsewhere its environment says which it has
         environment = environment | {"CUDA_VISIBLE_DEVICES": gpus[int(get_worker().name) % len(gpus)]}
     place.mkdir(exist_ok=True)
+    with open(place / "starts", "a+") as starts:
+        if starts.write("x") and starts.tell() > 1 + RETRIES:
+            return f"its worker ended {1 + RETRIES} times without an error"
     output, values, text = place / "notebook.ipynb", place / "parameters.yaml", place / "log.txt"
     with open(text, "a") as log:
         if notebook is None:
