@@ -32,37 +32,6 @@ def generators(seed: int, epoch: int) -> Draws:
     return {name: torch.Generator().manual_seed(derived_seed(seed, name, epoch)) for name in names}
 
 
-def change(
-    images: Tensor, labels: Tensor, maps: Tensor | None, *, classes: int, experiment: Experiment, draws: Draws
-) -> tuple[Tensor, Tensor]:
-    """Erase and mix: images float32 [n, 3, S, S] in [0, 1], and targets as a `batch.Batch` has them.
-
-    Maps float32 [n, S, S] in [0, 1] are 0 everywhere for an image without one; None where no kind uses them.
-    """
-    e = experiment
-    if "erase" in e.augmentations:
-        images = erase(images, maps, region=e.erase_region, probability=e.erase_probability, draws=draws["erase"])
-    mixed, by = [], (maps if e.mix_labels == "attention" else None)
-    if "cutmix" in e.augmentations:
-        mixed.append(cutmix(images, by, probability=e.mix_probability, alpha=e.cutmix_alpha, draws=draws["cutmix"]))
-    if "mixup" in e.augmentations:
-        mixed.append(mixup(images, probability=e.mix_probability, draws=draws["mixup"]))
-    if not mixed:
-        return images, labels
-    images, partner, share = mixed[0]
-    if len(mixed) == 2:  # each image gets one or the other
-        first = send(torch.rand(len(images), generator=draws["cutmix or mixup"]) < 0.5, images.device)
-        images = torch.where(first[:, None, None, None], images, mixed[1][0])
-        partner, share = (torch.where(first, a, b) for a, b in zip(mixed[0][1:], mixed[1][1:], strict=True))
-    return images, soft_labels(labels, partner, share, classes=classes)
-
-
-def soft_labels(labels: Tensor, partner: Tensor, share: Tensor, *, classes: int) -> Tensor:
-    """``share[i]`` of the label of image i, and of that of image ``partner[i]`` the rest: float32 [n, classes]."""
-    own, other = (F.one_hot(some, classes) for some in (labels, labels[partner]))
-    return share[:, None] * own + (1 - share[:, None]) * other
-
-
 def geometry(n: int, size: int, *, kinds: frozenset[str], draws: Draws, device: torch.device) -> dict[str, Tensor]:
     """Draw for :func:`moved`: turn by -15 to 15 degrees, crop after reflecting S // 8 pixels, flip half of them."""
     how, last, at = {}, size - 1, torch.arange(size).repeat(2, n, 1)  # rows and columns
@@ -97,6 +66,38 @@ def moved(images: Tensor, *, degrees: Tensor | None = None, place: Tensor | None
     if place is not None:
         images = images.flatten(2).gather(2, place.expand(-1, images.shape[1], -1)).view_as(images)
     return images
+
+
+def change(
+    images: Tensor, labels: Tensor, maps: Tensor | None, *, classes: int, experiment: Experiment, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """Erase and mix: images float32 [n, 3, S, S] in [0, 1], and targets as a `batch.Batch` has them.
+
+    Maps float32 [n, S, S] in [0, 1] are 0 everywhere for an image without one; None where no kind uses them.
+    """
+    e = experiment
+    if "erase" in e.augmentations:
+        images = erase(images, maps, region=e.erase_region, probability=e.erase_probability, draws=draws["erase"])
+    mixed, by = [], (maps if e.mix_labels == "attention" else None)
+    if "cutmix" in e.augmentations:
+        mixed.append(cutmix(images, by, probability=e.mix_probability, alpha=e.cutmix_alpha, draws=draws["cutmix"]))
+    if "mixup" in e.augmentations:
+        mixed.append(mixup(images, probability=e.mix_probability, draws=draws["mixup"]))
+    if not mixed:
+        return images, labels
+    images, partner, share = mixed[0]
+    if len(mixed) == 2:  # each image gets one or the other
+        others, other_partner, other_share = mixed[1]
+        first = send(torch.rand(len(images), generator=draws["cutmix or mixup"]) < 0.5, images.device)
+        images = torch.where(first[:, None, None, None], images, others)
+        partner, share = torch.where(first, partner, other_partner), torch.where(first, share, other_share)
+    return images, soft_labels(labels, partner, share, classes=classes)
+
+
+def soft_labels(labels: Tensor, partner: Tensor, share: Tensor, *, classes: int) -> Tensor:
+    """``share[i]`` of the label of image i, and of that of image ``partner[i]`` the rest: float32 [n, classes]."""
+    own, other = (F.one_hot(some, classes) for some in (labels, labels[partner]))
+    return share[:, None] * own + (1 - share[:, None]) * other
 
 
 def erase(images: Tensor, maps: Tensor | None, *, region: str, probability: float, draws: torch.Generator) -> Tensor:

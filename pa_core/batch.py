@@ -1,7 +1,8 @@
 """One training batch on its device: images, labels and maps -> what the network sees.
 
 Moved (rotation, crop, flip), masked, erased, mixed. A map is upsampled and moved with its image first, so that shares
-and quantiles are of what the network sees. Which images it changes is known on the CPU: the host never waits.
+and quantiles are of what the network sees. Which images a map changes is known on the CPU, so the host never waits for
+the device.
 """
 
 from __future__ import annotations
@@ -67,31 +68,60 @@ def make(
     Images uint8 [n, 3, S, S], those at ``pool.origin[index]``, and labels int64 [n] are on the device.
     """
     e, n, size, device = experiment, len(images), images.shape[-1], images.device
-    uses_maps = e.erase_region != "anywhere" or e.mix_labels == "attention"  # besides masking
+    all_maps = e.erase_region != "anywhere" or e.mix_labels == "attention"  # not only those that mask
     masked = pool.proxied[index] & (torch.rand(n, generator=draws["proxy"]) < e.proxy_probability)
-    rows = torch.nonzero((pool.row[index] >= 0) if uses_maps else masked).squeeze(1)  # whose map is needed
-    how = augment.geometry(n, size, kinds=e.augmentations, draws=draws, device=device)
-    pixels, maps = masking.to_float(augment.moved(images, **how)), None
+    # places in the batch whose map is needed
+    rows = torch.nonzero((pool.row[index] >= 0) if all_maps else masked).squeeze(1)
+    moves = augment.geometry(n, size, kinds=e.augmentations, draws=draws, device=device)
+    pixels, maps = masking.to_float(augment.moved(images, **moves)), None
     if len(rows):
         at, values = send(rows, device), maps_of(pool, index[rows], size, device)
-        values = augment.moved(values[:, None], **{name: drawn[at] for name, drawn in how.items()})[:, 0]
-        if uses_maps:
+        values = augment.moved(values[:, None], **{name: move[at] for name, move in moves.items()})[:, 0]
+        if all_maps:
             maps = values if len(rows) == n else values.new_zeros(n, size, size).index_copy_(0, at, values)
             chosen = send(torch.nonzero(masked[rows]).squeeze(1), device)  # of these rows, the masked ones
             values, at = values[chosen], at[chosen]
         if len(at):
-            proxied(pixels, at, values, experiment=e, draws=draws)
+            mask_some(pixels, at, values, experiment=e, draws=draws)
     pixels, targets = augment.change(pixels, labels, maps, classes=classes, experiment=e, draws=draws)
     weights = send((~pool.withheld[index]).float(), device) if pool.withheld.any() else None
     return Batch(pixels.contiguous(memory_format=memory_format(device)), targets, weights)
 
 
+def maps_of(pool: Pool, index: Tensor, size: int, device: torch.device) -> Tensor:
+    """The upsampled maps, float32 [m, S, S] in [0, 1], at positions int64 [m] of a pool that all have one."""
+    stored = pool.maps.index_select(0, send(pool.row[index], pool.maps.device))
+    return upsampled(send(stored, device), size)
+
+
+def mask_some(
+    images: Tensor, rows: Tensor, maps: Tensor, *, experiment: Experiment, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """Mask some images in place, those at ``rows`` int64 [m]; gives all n, float32 in [0, 1], and masks bool [m, S, S].
+
+    By `masking.region` of maps float32 [m, S, S] in [0, 1], then `masking.apply`. The random part of a fill is drawn
+    anew each time; ``patch`` fills with another image of the batch.
+    """
+    e, n = experiment, len(images)
+    rule = {"threshold_mode": e.threshold_mode, "threshold": e.threshold, "max_share": e.max_share}
+    mask = masking.region(maps, mask_region=e.mask_region, **rule)
+    donors, seed = None, 0
+    if e.fill == "patch":
+        shift = torch.randint(1, max(n, 2), (n,), generator=draws["patch"])
+        donors = images.index_select(0, send((torch.arange(n) + shift) % n, images.device).index_select(0, rows))
+    if e.fill == "noise":
+        seed = int(torch.randint(2**62, (1,), generator=draws["noise"]))
+    how = {"fill": e.fill, "weight": e.weight, "feather": e.feather, "mask_region": e.mask_region}
+    changed = masking.apply(images.index_select(0, rows), maps, mask, **how, seed=seed, donors=donors)
+    return images.index_copy_(0, rows, changed), mask
+
+
 def unaugmented(images: Tensor, *, pool: Pool, index: Tensor, experiment: Experiment | None, draws: Draws) -> Tensor:
-    """The images at some positions of a pool, unchanged but for the proxies, of which an experiment masks every one."""
+    """What the network is evaluated on: no augmentation; with an experiment all proxies are masked, without it none."""
     pixels, rows = to_pixels(images), torch.nonzero(pool.proxied[index]).squeeze(1)
     if experiment is not None and len(rows):
         values = maps_of(pool, index[rows], images.shape[-1], images.device)
-        proxied(pixels, send(rows, images.device), values, experiment=experiment, draws=draws)
+        mask_some(pixels, send(rows, images.device), values, experiment=experiment, draws=draws)
     return pixels
 
 
@@ -103,30 +133,3 @@ def to_pixels(images: Tensor) -> Tensor:
 def memory_format(device: torch.device) -> torch.memory_format:
     """Channels last for CUDA's tensor cores and for the CPU, where the default model trains a fifth faster."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-def maps_of(pool: Pool, index: Tensor, size: int, device: torch.device) -> Tensor:
-    """The upsampled maps, float32 [m, S, S] in [0, 1], at positions int64 [m] of a pool that all have one."""
-    stored = pool.maps.index_select(0, send(pool.row[index], pool.maps.device))
-    return upsampled(send(stored, device), size)
-
-
-def proxied(
-    images: Tensor, rows: Tensor, maps: Tensor, *, experiment: Experiment, draws: Draws
-) -> tuple[Tensor, Tensor]:
-    """Mask some images in place, at ``rows`` int64 [m] of float32 [n, 3, S, S] in [0, 1]: these, and bool [m, S, S].
-
-    By `masking.region` of maps float32 [m, S, S] in [0, 1], then `masking.apply`. The random part of a fill is drawn
-    anew each time; ``patch`` fills with another image of the batch.
-    """
-    e, n, region, donors, seed = experiment, len(images), experiment.mask_region, None, 0
-    how = {"threshold_mode": e.threshold_mode, "threshold": e.threshold, "max_share": e.max_share}
-    mask = masking.region(maps, mask_region=region, **how)
-    if e.fill == "patch":
-        shift = torch.randint(1, max(n, 2), (n,), generator=draws["patch"])
-        donors = images.index_select(0, send((torch.arange(n) + shift) % n, images.device).index_select(0, rows))
-    if e.fill == "noise":
-        seed = int(torch.randint(2**62, (1,), generator=draws["noise"]))
-    how = {"fill": e.fill, "weight": e.weight, "feather": e.feather, "mask_region": region}
-    changed = masking.apply(images.index_select(0, rows), maps, mask, **how, seed=seed, donors=donors)
-    return images.index_copy_(0, rows, changed), mask

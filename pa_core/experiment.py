@@ -83,12 +83,15 @@ def _check(e: Experiment, n: int, model: models.Classifier, size: int) -> None:
         raise ParameterError(
             "batch_size", 1, "must be at least 2 with fill='patch', which takes another image's pixels"
         )
-    draws = protocol.epoch_size(n, e)
-    if e.batch_size != "auto" and draws // train.steps_per_epoch(draws, int(e.batch_size)) == 1:
+    withheld = e.protocol == "clean" and e.overlay == "withhold" and schedule.steps(e.schedule)
+    if withheld and e.select != "misclassified" and selection.count(n, e.fraction) == n:
+        raise ParameterError("fraction", e.fraction, "must leave images to train on with overlay='withhold'")
+    drawn = protocol.epoch_size(n, e)
+    if e.batch_size != "auto" and drawn // train.steps_per_epoch(drawn, int(e.batch_size)) == 1:
         try:  # batch normalisation of a 1 x 1 map needs two images
             copy.deepcopy(model).train()(torch.zeros(1, 3, size, size))
         except ValueError as error:
-            allowed = f"must be larger: of {draws} images a batch would hold one alone, on which {e.model} cannot train"
+            allowed = f"must be larger: of {drawn} images a batch would hold one alone, on which {e.model} cannot train"
             raise ParameterError("batch_size", e.batch_size, allowed) from error
 
 
@@ -99,7 +102,7 @@ def _resolved(experiment: Experiment) -> Experiment:
 
 
 def _identity(e: Experiment, data_digest: str, size: int) -> dict[str, Any]:
-    """Digests of the run and of the weights file that ``pretrained`` names; and the run's directory."""
+    """The fields digest, weights_digest and path of :class:`Prepared`."""
     file, weights = Path(str(e.pretrained)).expanduser(), ""
     if isinstance(e.pretrained, str):
         if not file.is_file():
@@ -109,10 +112,11 @@ def _identity(e: Experiment, data_digest: str, size: int) -> dict[str, Any]:
     return {"digest": digest, "weights_digest": weights, "path": runs.directory(files.runs_home(e.runs_dir), e, digest)}
 
 
-def locate(experiment: Experiment, *, identity: tuple[str, int] | None = None) -> Path:
-    """Where the run lies or would lie; decodes no image. ``identity``: the data's digest and image size, if known."""
+def locate(experiment: Experiment, *, data_identity: tuple[str, int] | None = None) -> Path:
+    """Where the run lies or would lie; decodes no image. ``data_identity``: what `data.identify` gives, if known."""
     e, names = _resolved(experiment), ("dataset", "data_dir", "bad_images", "image_size")
-    return _identity(e, *(identity or data.identify(**{name: getattr(e, name) for name in names})))["path"]
+    digest, size = data_identity or data.identify(**{name: getattr(e, name) for name in names})
+    return _identity(e, digest, size)["path"]
 
 
 def find(experiment: Experiment | Prepared) -> Run | None:
@@ -175,19 +179,21 @@ class Walk:
     board: SummaryWriter
     log: Log
     position: int = 0  # index of the next event
-    steps: list[int] = field(default_factory=list)  # proxy steps whose maps are in use
+    steps: list[int] = field(default_factory=list)  # numbers of the proxy steps whose maps are in use
     records: list[dict[str, Any]] = field(default_factory=list)  # what proxy_step returned, for all steps so far
     rows: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
+    stored: tuple[list[int], list[Step]] = ([], [])  # the steps that were read last: their numbers and their maps
 
     def stage(self, event: Event) -> protocol.Stage:
         """What the event's stage trains on, with the maps that are in use."""
-        steps = [Step.load(Run(self.path).step(number)) for number in self.steps]
-        return protocol.stage(self.dataset.train, self.experiment, number=event.stage, steps=steps)
+        if self.stored[0] != self.steps:  # read once, not for every epoch
+            self.stored = self.steps, [Step.load(Run(self.path).step(number)) for number in self.steps]
+        return protocol.stage(self.dataset.train, self.experiment, number=event.stage, steps=self.stored[1])
 
-    def evaluate(self, pool: Pool, masked: Experiment | None = None) -> train.Evaluation:
+    def evaluate(self, pool: Pool, experiment: Experiment | None = None) -> train.Evaluation:
         """The network on a pool, as `train.evaluate` has it; NonFiniteLoss: the last update of an epoch shows here."""
         state = self.state
-        found = train.evaluate(state.model, pool, device=state.device, dtype=state.dtype, experiment=masked)
+        found = train.evaluate(state.model, pool, device=state.device, dtype=state.dtype, experiment=experiment)
         if not math.isfinite(found.loss):
             raise train.NonFiniteLoss(f"{pool.part.name} loss: not finite after epoch {state.epoch}; try a lower lr")
         return found
@@ -218,8 +224,8 @@ def _begin(prepared: Prepared, log: Log) -> Walk:
     board = SummaryWriter(str(path / "tensorboard"), purge_step=checkpoint["state"]["epoch"] + 1 if checkpoint else 1)
     walk = Walk(experiment=e, path=path, dataset=dataset, state=state, batch_size=batch_size, board=board, log=log)
     if checkpoint is None:
-        resolved = {"precision": precision, "batch_size": batch_size}
-        manifest = _new_manifest(prepared, **resolved, images_on_device=dataset.train.resident is not None)
+        on_device = dataset.train.resident is not None
+        manifest = _new_manifest(prepared, precision=precision, batch_size=batch_size, images_on_device=on_device)
     else:
         state.load_state_dict(checkpoint["state"])
         vars(walk).update({name: checkpoint[name] for name in IN_CHECKPOINT})
@@ -260,13 +266,13 @@ def _new_manifest(prepared: Prepared, **resolved: Any) -> dict[str, Any]:
 def epoch(walk: Walk, event: Event) -> None:
     """Train and validate once: a line of metrics.jsonl."""
     e, state, stage = walk.experiment, walk.state, walk.stage(event)
-    draws = protocol.epoch_size(len(walk.dataset.train), e)
-    trained = train.train_one_epoch(state, stage.training, experiment=e, draws=draws, batch_size=walk.batch_size)
+    entries = protocol.epoch_size(len(walk.dataset.train), e)
+    trained = train.train_one_epoch(state, stage.training, experiment=e, entries=entries, batch_size=walk.batch_size)
     validated = walk.evaluate(Pool.of(walk.dataset.val))
     row = {"epoch": state.epoch, "stage": event.stage, **trained}
     row |= {"val_loss": validated.loss, "val_accuracy": validated.accuracy}
     if stage.reported is not None:  # the predecessor's protocol
-        row["reported_accuracy"] = walk.evaluate(stage.reported, masked=e).accuracy
+        row["reported_accuracy"] = walk.evaluate(stage.reported, experiment=e).accuracy
     walk.rows.append(row)
     runs.write_metrics(walk.path, walk.rows)
     for name in row.keys() - {"epoch", "stage"}:
@@ -284,7 +290,8 @@ def epoch(walk: Walk, event: Event) -> None:
 def proxy(walk: Walk, event: Event) -> None:
     """The proxy step at the end of a stage: maps of the images that it selects."""
     e, state, part, number = walk.experiment, walk.state, walk.dataset.train, len(walk.records) + 1
-    folder, candidates = Run(walk.path).step(number), walk.stage(event).candidates
+    folder, clean = Run(walk.path).step(number), e.protocol == "clean"
+    candidates = None if clean else walk.stage(event).candidates
     how = {"device": state.device, "dtype": state.dtype, "candidates": candidates}
     record = proxy_step(state.model, part, e, step=number, directory=folder, **how)
     walk.records.append(record)
@@ -294,7 +301,7 @@ def proxy(walk: Walk, event: Event) -> None:
         walk.board.add_image("proxies/original_map_mask_proxy", picture, state.epoch)
     fewer = f" ({record['asked']} asked for, no more qualify)" if record["images"] < record["asked"] else ""
     masked = [f"fill {e.fill}", f"{record['masked_share']:.1%} masked", f"{record['unchanged']} unchanged"]
-    by = ", ".join([e.select] + [e.xai] * e.explains + masked * e.masks)
+    by = ", ".join([e.select if clean else "misclassified"] + [e.xai] * e.explains + masked * e.masks)
     blank = f"; {record['blank']} maps are constant" if record["blank"] else ""
     line = f"proxy step {number}: {record['images']} of {len(part)} images{fewer} by {by}"
     walk.log(f"{line}, {record['seconds']:.1f} s{blank}")
@@ -342,18 +349,20 @@ def _finish(walk: Walk) -> None:
     runs.write_csv(path / "classes.csv", per_class)
     runs.save_weights(path, walk.state.model.network)
     rows, records = walk.rows, walk.records
-    proxies = sum(record["images"] for record in records)
+    accuracies, proxy_images = [row["val_accuracy"] for row in rows], sum(record["images"] for record in records)
+    if schedule.parse(walk.experiment.schedule)[-1].kind != schedule.EPOCH:  # pruned since the last epoch
+        accuracies.append(walk.evaluate(Pool.of(walk.dataset.val)).accuracy)
     masked = sum(record["masked_share"] * record["images"] for record in records)
     totals = {"unchanged_proxies": "unchanged", "blank_maps": "blank", "proxy_seconds": "seconds"}
     summary = {
-        "val_accuracy": rows[-1]["val_accuracy"],
-        "best_val_accuracy": max(row["val_accuracy"] for row in rows),
+        "val_accuracy": accuracies[-1],
+        "best_val_accuracy": max(accuracies),
         **metrics.summarise(logits, test.labels),
         **{f"n_{name}": len(getattr(walk.dataset, name)) for name in ("train", "val", "test")},
         "epochs": len(rows),
         "sparsity": models.sparsity(walk.state.model.network),
-        "proxy_images": proxies,
-        "masked_share": masked / max(proxies, 1),
+        "proxy_images": proxy_images,
+        "masked_share": masked / max(proxy_images, 1),
         **{total: sum(record[name] for record in records) for total, name in totals.items()},
         "train_seconds": sum(row["seconds"] for row in rows),
         **{name: rows[-1][name] for name in ("reported_accuracy",) if name in rows[-1]},
@@ -364,5 +373,5 @@ def _finish(walk: Walk) -> None:
     walk.board.add_hparams(texts, numbers, run_name=".", global_step=walk.state.epoch)
     runs.update_manifest(path, status=runs.FINISHED, finished=runs.now())
     runs.remove_checkpoint(path)
-    where = f"seed {walk.experiment.seed}; the run is in {shown(path)}"
-    walk.log(f"test accuracy {summary['test_accuracy']:.3f} on {len(test)} images, {where}")
+    which = f"seed {walk.experiment.seed}; the run is in {shown(path)}"
+    walk.log(f"test accuracy {summary['test_accuracy']:.3f} on {len(test)} images, {which}")

@@ -17,9 +17,10 @@ from pa_core.params import derived_seed
 def _blur(images: Tensor) -> Tensor:
     """Under a Gaussian with a sigma of an eighth of the side: colours stay, shapes go."""
     sigma = [images.shape[-1] / 8] * 2
-    size = 2 * round(2 * sigma[0]) + 1  # reaches two sigma, less than the image's side, as reflection needs
+    kernel = 2 * round(2 * sigma[0]) + 1  # reaches two sigma, less than the image's side, as reflection needs
     # one axis after the other: torchvision convolves with the whole square otherwise
-    return gaussian_blur(gaussian_blur(images, kernel_size=[size, 1], sigma=sigma), kernel_size=[1, size], sigma=sigma)
+    across = gaussian_blur(images, kernel_size=[kernel, 1], sigma=sigma)
+    return gaussian_blur(across, kernel_size=[1, kernel], sigma=sigma)
 
 
 def _noise(images: Tensor, ids: Sequence[str], seed: int) -> Tensor:
@@ -76,14 +77,15 @@ def _highest(maps: Tensor, count: int) -> Tensor:
     places = maps.shape[1] * maps.shape[2]
     if count in (0, places):
         return torch.full_like(maps, count > 0, dtype=torch.bool)
+    # of equal values the first in this order is taken
     order = send(torch.randperm(places, generator=torch.Generator().manual_seed(0)), maps.device)
     values = maps.flatten(1).index_select(1, order)
     if values.device.type == "cpu":  # many times faster than topk and kthvalue
-        limit = torch.from_numpy(np.partition(values.numpy(), -count, axis=1))[:, -count, None]
+        limit = torch.from_numpy(np.partition(values.numpy(), -count, axis=1))[:, -count, None]  # the count-th highest
     else:
         limit = values.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     above, ties = values > limit, values == limit
-    chosen = above | (ties & (ties.cumsum(1) <= count - above.sum(1, keepdim=True)))
+    chosen = above | (ties & (ties.cumsum(1) <= count - above.sum(1, keepdim=True)))  # and the first ties that fit
     return torch.zeros_like(chosen).index_copy_(1, order, chosen).view_as(maps)
 
 
@@ -119,8 +121,8 @@ def apply(
     ``weight`` in [0, 1], rising from the mask's edge as :func:`feathered` has it. Fills: ``zero``, ``one``; ``mean``,
     ``max``, ``min``, ``half_max`` of the image, per channel; ``noise``, normal with the image's mean and standard
     deviation per channel, cut to [0, 1], seeded by ``seed`` and the ids (by default "0", "1", ...); ``blur``, the image
-    under a Gaussian with sigma = side / 8; ``patch``, the same place of the donors; ``none``, the image. With ``blend``
-    the map M is the dimmer: ``where(mask, (1 - w * M) * image, image)``, with ``mask_region = rest`` 1 - M.
+    under a Gaussian with sigma = side / 8; ``patch`` (needs ``donors``), their same place; ``none``, the image. With
+    ``blend`` the map M is the dimmer: ``where(mask, (1 - w * M) * image, image)``, with ``mask_region = rest`` 1 - M.
     """
     w = weight * feathered(mask, feather=feather).unsqueeze(1) if feather else weight
     if fill == "patch" and donors is not None:

@@ -103,13 +103,12 @@ def create(
             raise ParameterError("pretrained", pretrained, allowed) from error
 
     with torch.random.fork_rng(devices=[]):
-        for variant in _variants(build, image_size):
-            if cam := _find_cam(variant[0], image_size):
+        for network, changes in _variants(build, image_size):  # noqa: B007  both are used below
+            if cam := _find_cam(network, image_size):
                 break
         else:
             allowed = f"must give {name} a heatmap grid of 4x4 or more (this size is too small for it, or not taken)"
             raise ParameterError("image_size", image_size, f"{allowed}; another size or model may suit")
-        network, changes = variant
         if isinstance(pretrained, str):
             _load_weights(network, Path(pretrained).expanduser())
         if cam_layer is not None and (cam := _cam(network, cam_layer, image_size)) is None:

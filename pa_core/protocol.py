@@ -41,7 +41,7 @@ def stage(part: Part, experiment: Experiment, *, number: int, steps: Sequence[pr
     Seed, number and maps alone decide it, so that a resumed run gets the same.
     """
     e, pool, originals = experiment, proxy.pool(part, experiment, steps), Pool.of(part)
-    if e.protocol == "clean":
+    if e.protocol == "clean":  # always all images
         return Stage(pool)
     events = schedule.parse(e.schedule, p_trains=True)
     if e.protocol == "thesis" and not any(event.kind == schedule.PROXY and event.stage == number for event in events):

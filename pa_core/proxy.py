@@ -60,14 +60,16 @@ def pool(part: Part, experiment: Experiment, steps: Sequence[Step]) -> Pool:
     positions, maps = torch.cat([step.positions for step in steps]), torch.cat([step.maps for step in steps])
     rows = torch.arange(len(positions))
     row = plain.row.scatter_reduce(0, positions, rows, "amax")  # the later map wins
-    selected, none = row >= 0, plain.proxied
-    added = rows.repeat(copies) if overlay == "append" else rows[:0]
+    selected, off = row >= 0, torch.zeros(len(part), dtype=torch.bool)
+    proxied = selected if overlay == "replace" and e.masks else off
+    withheld = selected if overlay == "withhold" else off
+    added = rows.repeat(copies) if overlay == "append" else rows[:0]  # rows of maps that become entries of their own
     return Pool(
         part=part,
         origin=torch.cat([plain.origin, positions[added]]),
         row=torch.cat([row, added]),
-        proxied=torch.cat([selected if overlay == "replace" and e.masks else none, torch.full(added.shape, e.masks)]),
-        withheld=torch.cat([selected if overlay == "withhold" else none, torch.full(added.shape, False)]),
+        proxied=torch.cat([proxied, torch.full(added.shape, e.masks)]),
+        withheld=torch.cat([withheld, torch.full(added.shape, False)]),
         maps=maps.to(plain.maps.device),
     )
 
@@ -104,14 +106,14 @@ def proxy_step(
         asked = len(positions)
     if e.explains and e.permute_maps and len(positions) == 1:
         positions = positions[:0]  # no other image's map to take; the log says that none was selected
-    targets = (scores.predicted if e.explained == "predicted" else scores.labels)[positions]
-    maps = explain(model, part, e, positions, targets, seed=seed, device=device, dtype=dtype, raw=raw)
-    table = _table(part, e, scores, positions, targets, maps, seed=seed)
+    explained = (scores.predicted if e.explained == "predicted" else scores.labels)[positions]
+    maps = maps_for(model, part, e, positions, explained, seed=seed, device=device, dtype=dtype, raw=raw)
+    table = _table(part, e, scores, positions, explained, maps, seed=seed)
     table.to_csv(building / "proxies.csv", index=False)
     np.save(building / "maps.npy", maps.cpu().numpy())
     np.save(building / "positions.npy", positions.numpy())
     if len(table):
-        picture = made(part, positions[:SHOWN], maps[:SHOWN], e, seed=seed).picture()
+        picture = proxies_of(part, positions[:SHOWN], maps[:SHOWN], e, seed=seed).picture()
         to_pil_image(picture).save(building / "proxies.png")
     building.rename(directory)
     return {
@@ -128,9 +130,9 @@ def _scored(
     model: Classifier, part: Part, e: Experiment, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [N, C] of all training images, on the CPU; and their raw maps [N, h, w] if the same pass makes them."""
-    fits = 4 * len(part) * model.cam.grid[0] * model.cam.grid[1] <= MOST_BYTES_OF_MAPS
+    small = 4 * len(part) * model.cam.grid[0] * model.cam.grid[1] <= MOST_BYTES_OF_MAPS
     # gaussian smoothing is done at the image's size, so those maps are not on the CAM layer's grid
-    if not (fits and e.explains and attribution.fused(e.xai, e.smooth) and e.smooth != "gaussian"):
+    if not (small and e.explains and attribution.fused(e.xai, e.smooth) and e.smooth != "gaussian"):
         return evaluate(model, Pool.of(part), device=device, dtype=dtype).logits, None
     logits, maps = [], []
     with attribution.as_found(model):
@@ -138,18 +140,18 @@ def _scored(
         for index, images in zip(order, feed(part, order, device), strict=True):
             target = send(part.labels[index], device) if e.explained == "label" else None
             with autocast(device, dtype):
-                raw, found = attribution.grids(model, to_pixels(images), method=e.xai, target=target, smooth=e.smooth)
-            logits.append(found.float())
+                raw, outputs = attribution.grids(model, to_pixels(images), method=e.xai, target=target, smooth=e.smooth)
+            logits.append(outputs.float())
             maps.append(raw)
     return torch.cat(logits).cpu(), torch.cat(maps)
 
 
-def explain(
+def maps_for(
     model: Classifier,
     part: Part,
     experiment: Experiment,
     positions: Tensor,
-    targets: Tensor,
+    explained: Tensor,
     *,
     seed: int,
     device: torch.device,
@@ -158,7 +160,7 @@ def explain(
 ) -> Tensor:
     """The maps of the images at positions int64 [K] as they are stored: float16 [K, h, w] in [0, 1], on the device.
 
-    ``targets`` int64 [K] are the classes to explain; ``raw`` [N, h, w] are maps of all images, where the scoring pass
+    ``explained`` int64 [K] are the classes to explain; ``raw`` [N, h, w] are maps of all images, where the scoring pass
     has made them. With ``permute_maps`` each image gets the map of another one.
     """
     e, ids, maps = experiment, [part.ids[i] for i in positions.tolist()], []
@@ -168,20 +170,20 @@ def explain(
         images = to_pixels(part.read(positions[at]).to(device))
         how = {"method": e.xai, "smooth": e.smooth, "ids": [ids[i] for i in at.tolist()], "seed": seed}
         with autocast(device, dtype):
-            maps.append(attribution.explain(model, images, target=targets[at].to(device), **how))
+            maps.append(attribution.explain(model, images, target=explained[at].to(device), **how))
     own = torch.cat(maps) if raw is None else attribution.stored(raw[positions.to(raw.device)])
     return own[attribution.derangement(ids, seed).to(own.device)] if e.permute_maps else own
 
 
 def _table(
-    part: Part, e: Experiment, scores: selection.Scores, positions: Tensor, targets: Tensor, maps: Tensor, *, seed: int
+    part: Part, e: Experiment, scores: selection.Scores, positions: Tensor, explained: Tensor, maps: Tensor, seed: int
 ) -> pd.DataFrame:
     """proxies.csv: a row per selected image, the first choice first."""
-    columns = {"label": scores.labels[positions], "predicted": scores.predicted[positions], "explained": targets}
+    columns = {"label": scores.labels[positions], "predicted": scores.predicted[positions], "explained": explained}
     columns |= {"loss": scores.loss[positions]}
     ids, shares, unchanged = [part.ids[i] for i in positions.tolist()], [], []
     for at in _chunks(len(ids)):
-        proxies = made(part, positions[at], maps[at.to(maps.device)], e, seed=seed)
+        proxies = proxies_of(part, positions[at], maps[at.to(maps.device)], e, seed=seed)
         shares += proxies.mask.flatten(1).float().mean(1).tolist()
         unchanged += (proxies.images == proxies.originals).flatten(1).all(1).tolist()
     table = pd.DataFrame({"id": ids} | {name: values.numpy() for name, values in columns.items()})
@@ -209,7 +211,7 @@ class Proxies:
         return make_grid(torch.stack(columns, 1).flatten(0, 1).cpu(), nrow=len(columns), padding=1)
 
 
-def made(part: Part, positions: Tensor, maps: Tensor, experiment: Experiment, *, seed: int) -> Proxies:
+def proxies_of(part: Part, positions: Tensor, maps: Tensor, experiment: Experiment, *, seed: int) -> Proxies:
     """Proxies of the training images at positions int64 [n], without augmentation, on the device of the maps.
 
     ``maps`` float16 [n, h, w] in [0, 1] are as they are stored; ``seed`` is that of what is random in a fill.
@@ -218,5 +220,5 @@ def made(part: Part, positions: Tensor, maps: Tensor, experiment: Experiment, *,
     if not experiment.masks:
         return Proxies(originals=originals, maps=values, mask=torch.zeros_like(values).bool(), images=originals)
     rows, draws = torch.arange(len(positions), device=maps.device), generators(seed, 0)
-    images, mask = batch.proxied(to_float(originals), rows, values, experiment=experiment, draws=draws)
+    images, mask = batch.mask_some(to_float(originals), rows, values, experiment=experiment, draws=draws)
     return Proxies(originals=originals, maps=values, mask=mask, images=to_uint8(images))

@@ -102,9 +102,9 @@ def try_compile(state: State, example: Tensor, log: Callable[[str], None] = prin
 
 
 def train_one_epoch(
-    state: State, pool: Pool, *, experiment: Experiment, draws: int, batch_size: int
+    state: State, pool: Pool, *, experiment: Experiment, entries: int, batch_size: int
 ) -> dict[str, float]:
-    """Train on ``draws`` (a number) entries of the pool, drawn without replacement.
+    """Train on as many ``entries`` of the pool, drawn without replacement.
 
     Order and augmentation depend on seed and epoch alone, so that arms with and without proxies, and a resumed run, see
     the same. Gives train_loss (nats, mean over the images that count in it), train_accuracy (of all images drawn, as
@@ -113,8 +113,8 @@ def train_one_epoch(
     """
     started, epoch, e, device = time.perf_counter(), state.epoch + 1, experiment, state.device
     state.model.train()
-    order = batches(len(pool), draws=draws, batch_size=batch_size, seed=e.seed, epoch=epoch)
-    labels = send(pool.labels[torch.cat(order)], device).split([len(index) for index in order])
+    order = batches(len(pool), entries=entries, batch_size=batch_size, seed=e.seed, epoch=epoch)
+    labels = send(pool.labels[torch.cat(order)], device).split([len(i) for i in order])  # sent once, split by step
     losses = torch.zeros(len(order), device=device)
     correct, lr = torch.zeros((), device=device, dtype=torch.long), 0.0
     how: Any = {"classes": state.model.classes, "pool": pool, "experiment": e, "draws": generators(e.seed, epoch)}
@@ -138,8 +138,8 @@ def train_one_epoch(
     counted = torch.stack([pool.withheld[index].logical_not().sum() for index in order]).double()
     train_loss, seconds = float(losses @ counted / counted.sum().clamp(min=1)), time.perf_counter() - started
     state.epoch = epoch
-    found = {"train_loss": train_loss, "train_accuracy": int(correct) / draws, "lr": lr}
-    return found | {"images_per_second": draws / seconds, "seconds": seconds}
+    numbers = {"train_loss": train_loss, "train_accuracy": int(correct) / entries, "lr": lr}
+    return numbers | {"images_per_second": entries / seconds, "seconds": seconds}
 
 
 def weighted_loss(logits: Tensor, made: batch.Batch, *, label_smoothing: float) -> Tensor:
@@ -150,26 +150,26 @@ def weighted_loss(logits: Tensor, made: batch.Batch, *, label_smoothing: float) 
     return (each * made.weights).sum() / made.weights.sum().clamp(min=1)
 
 
-def batches(n: int, *, draws: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """``draws`` of ``n`` positions in random order, in nearly equal batches, as batch norm fails on one image."""
+def batches(n: int, *, entries: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """``entries`` of ``n`` positions in random order, in nearly equal batches, as batch norm fails on one image."""
     generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
-    return torch.randperm(n, generator=generator)[:draws].tensor_split(steps_per_epoch(draws, batch_size))
+    return torch.randperm(n, generator=generator)[:entries].tensor_split(steps_per_epoch(entries, batch_size))
 
 
-def steps_per_epoch(draws: int, batch_size: int) -> int:
-    return math.ceil(draws / batch_size)
+def steps_per_epoch(entries: int, batch_size: int) -> int:
+    return math.ceil(entries / batch_size)
 
 
-def feed(part: Part, order: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+def feed(part: Part, positions: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
     """The images of each batch of positions of a part, in order: uint8 [n, 3, S, S] on the device."""
 
     def read(index: Tensor) -> Tensor:
         return send(part.read(index), device)
 
     if part.resident is not None:
-        yield from map(read, send(torch.cat(list(order)), part.resident).split([len(index) for index in order]))
+        yield from map(read, send(torch.cat(list(positions)), part.resident).split([len(index) for index in positions]))
         return
-    readers, ahead = ThreadPoolExecutor(2, thread_name_prefix="read ahead"), iter(order)
+    readers, ahead = ThreadPoolExecutor(2, thread_name_prefix="read ahead"), iter(positions)
     try:
         waiting = deque(readers.submit(read, index) for index in islice(ahead, AHEAD))
         while waiting:
@@ -193,11 +193,11 @@ def evaluate(
     model: nn.Module, pool: Pool, *, device: torch.device, dtype: torch.dtype, experiment: Experiment | None = None
 ) -> Evaluation:
     """Loss and accuracy on all images in eval mode, left as found; with an experiment, the pool's proxies masked."""
-    training, random, logits = model.training, generators(0, 0), []
+    training, draws, logits = model.training, generators(0, 0), []
     model.eval()
     order = torch.arange(len(pool)).split(evaluation_batch(pool.part))
     for index, images in zip(order, feed(pool.part, [pool.origin[i] for i in order], device), strict=True):
-        pixels = batch.unaugmented(images, pool=pool, index=index, experiment=experiment, draws=random)
+        pixels = batch.unaugmented(images, pool=pool, index=index, experiment=experiment, draws=draws)
         with autocast(device, dtype):
             logits.append(model(pixels).float())
     model.train(training)

@@ -232,14 +232,14 @@ def test_permuted_maps_are_a_derangement_and_another_one_for_each_seed():
     raw, everything = torch.rand(N, 4, 4, generator=torch.Generator().manual_seed(3)), torch.arange(N)
     dealt = []
     for seed in (1, 2):
-        how = {"positions": everything, "targets": part.labels, "seed": seed, "device": cpu, "raw": raw}
-        own = proxy.explain(None, part, e.replace(permute_maps=False), **how)
-        given = proxy.explain(None, part, e, **how)
+        how = {"positions": everything, "explained": part.labels, "seed": seed, "device": cpu, "raw": raw}
+        own = proxy.maps_for(None, part, e.replace(permute_maps=False), **how)
+        given = proxy.maps_for(None, part, e, **how)
         dealt.append([[i for i in range(N) if given[k].equal(own[i])][0] for k in range(N)])
     assert all(sorted(deal) == list(range(N)) and all(i != k for k, i in enumerate(deal)) for deal in dealt)
     assert dealt[0] != dealt[1]
-    one = {"positions": everything[3:4], "targets": part.labels[3:4], "seed": 0, "device": cpu}
-    assert len(proxy.explain(None, part, e.replace(fill="none"), **one)) == 1  # and no map is made
+    one = {"positions": everything[3:4], "explained": part.labels[3:4], "seed": 0, "device": cpu}
+    assert len(proxy.maps_for(None, part, e.replace(fill="none"), **one)) == 1  # and no map is made
 
 
 def test_a_step_that_selected_nothing_leaves_the_maps_of_the_others():

@@ -90,6 +90,7 @@ BAD = [
     ({"fill": "patch", "batch_size": 1}, "batch_size", ["at least 2", "patch"]),
     ({"feather": -1}, None, ["whole number of at least 0"]),
     ({"feather": 1.5}, None, ["whole number"]),
+    ({"fraction": 0.999, "overlay": "withhold"}, None, ["leave images to train on with overlay='withhold'"]),
     ({"overlay": "apend"}, None, ["replace, append, withhold", "did you mean 'append'"]),
     ({"copies": 0}, None, ["of at least 1"]),
     ({"proxy_probability": 1.1}, None, ["at most 1"]),

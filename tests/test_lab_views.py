@@ -103,6 +103,9 @@ def test_the_worst_images_come_first_and_proxies_explain_only_those_shown(pair):
     assert made.mask.float().mean((1, 2)).tolist() == pytest.approx([0.25] * 4, abs=0.01)
     positions, scores = opened.worst(count=5)
     assert scores.loss[positions].tolist() == sorted(scores.loss.tolist(), reverse=True)[:5]
+    replayed = explore.reopen(pair[1], pair[1].experiment.replace(protocol="thesis"), dataset=opened.dataset)
+    positions, scores = replayed.worst(count=5)  # the predecessor chooses wrong ones at random, whatever select says
+    assert len(positions) == 5 and (scores.predicted[positions] != scores.labels[positions]).all()
     other = explore.reopen(pair[1], pair[1].experiment.replace(fill="blur"))
     assert torch.equal(other.proxies(count=4).mask, made.mask)
     assert not torch.equal(other.proxies(count=4).images, made.images)

@@ -226,6 +226,22 @@ def test_pruned_weights_stay_zero_to_the_end(tmp_path, monkeypatch):
     assert tested.accuracy == run.summary["test_accuracy"]
 
 
+def test_after_a_last_prune_validation_is_of_the_pruned_network(tmp_path):
+    run = experiment.run(small(tmp_path, schedule="2,x0.95"), **QUIET)
+    pool = batch.Pool.of(experiment.load_data(run.experiment).val)
+    validated = train.evaluate(run.model(), pool, device=CPU, dtype=torch.float32)
+    before = run.metrics["val_accuracy"]
+    assert run.summary["val_accuracy"] == validated.accuracy != before.iloc[-1]
+    assert run.summary["best_val_accuracy"] == max(*before, validated.accuracy)
+
+
+def test_the_maps_of_a_step_are_read_once(tmp_path, monkeypatch):
+    seen, real = [], Step.load
+    monkeypatch.setattr(Step, "load", lambda folder: seen.append(folder.name) or real(folder))
+    run = experiment.run(small(tmp_path, schedule="1,p,3,p,2", keep_proxies="last"), **QUIET)
+    assert seen == [run.step(1).name, run.step(2).name]
+
+
 def test_weight_zero_is_bit_for_bit_the_plain_run(tmp_path):
     e = small(tmp_path, schedule="1,p,1", weight=0, augment="flip,rotate,crop,erase,cutmix,mixup")
     changed, plain = experiment.run(e, **QUIET), experiment.run(e.plain(), **QUIET)
@@ -268,7 +284,7 @@ def test_masked_share_is_what_the_quantile_says(tmp_path, threshold, share):
 def test_every_fill_is_made_of_the_stored_maps(trained, fill):
     e, part, _ = trained
     positions, maps = torch.arange(12), torch.rand(12, 4, 4, generator=torch.Generator().manual_seed(0)).half()
-    made = proxy.made(part, positions, maps, e.replace(fill=fill, max_share=0.1, feather=1), seed=1)
+    made = proxy.proxies_of(part, positions, maps, e.replace(fill=fill, max_share=0.1, feather=1), seed=1)
     before = part.read(positions)
     inside = made.mask[:, None].expand_as(before)
     assert torch.equal(made.images[~inside], before[~inside]) and torch.equal(made.originals, before)

@@ -103,7 +103,7 @@ def fast_path(e: Experiment, part, *, epochs: int = 1, pool: Pool | None = None)
     model = models.create(e.model, classes=10, image_size=28, seed=derived_seed(e.seed, "initialisation"))
     steps = train.steps_per_epoch(len(part), e.batch_size)
     state = train.create_state(model, e, total_steps=epochs * steps, device=CPU, dtype=torch.float32)
-    options = {"experiment": e, "draws": len(part), "batch_size": e.batch_size}
+    options = {"experiment": e, "entries": len(part), "batch_size": e.batch_size}
     return [train.train_one_epoch(state, pool or Pool.of(part.on(CPU)), **options) for _ in range(epochs)]
 
 
@@ -148,7 +148,7 @@ def test_the_first_step_that_is_not_finite_is_named(part):
 
     state.forward = forward
     with pytest.raises(train.NonFiniteLoss, match="epoch 1, step 4;"):
-        train.train_one_epoch(state, Pool.of(part), experiment=e, draws=160, batch_size=16)
+        train.train_one_epoch(state, Pool.of(part), experiment=e, entries=160, batch_size=16)
     assert len(calls) == 10 and state.epoch == 0  # looked at when the epoch ends
 
 
@@ -249,7 +249,7 @@ def test_no_step_of_an_epoch_waits_for_the_device(part, precision, kinds):
     state = train.create_state(
         models.create(e.model, classes=10, image_size=28), e, total_steps=30, device=cuda, dtype=dtype
     )
-    pool, options = some_proxies(part.on(cuda)), {"experiment": e, "draws": 160, "batch_size": 16}
+    pool, options = some_proxies(part.on(cuda)), {"experiment": e, "entries": 160, "batch_size": 16}
     train.train_one_epoch(state, pool, **options)  # the first one may compile and tune
     waits, real = [], torch.Tensor.cpu
 

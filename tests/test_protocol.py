@@ -47,7 +47,7 @@ def watched(monkeypatch):
     seen, real = [], train.train_one_epoch
 
     def spying(state, pool, **keywords):
-        seen.append((pool, keywords["draws"]))
+        seen.append((pool, keywords["entries"]))
         return real(state, pool, **keywords)
 
     monkeypatch.setattr(train, "train_one_epoch", spying)
@@ -121,9 +121,12 @@ def test_batches_without_a_proxy_are_evaluated_as_they_are(part):
 
 
 def test_the_thesis_protocol_from_end_to_end(thesis, watched):
-    run = experiment.run(thesis, **QUIET)
+    said = []
+    run = experiment.run(thesis, log=said.append)
+    steps = [text for text in said if text.startswith("proxy step")]
+    assert len(steps) == 2 and all("by misclassified, " in text for text in steps)  # whatever select says
     pools = [pool for pool, _ in watched]
-    assert [draws for _, draws in watched] == [48] * 5  # the same in every stage, however many proxies there are
+    assert [entries for _, entries in watched] == [48] * 5  # the same in every stage, however many proxies there are
     assert len({tuple(pool.origin.tolist()) for pool in pools}) == 5
     assert [bool(pool.proxied.any()) for pool in pools[:3] + pools[4:]] == [False] * 4  # numbered stages, the first p
     assert len(pools[3].maps) == len(run.proxies(1)) > 0  # the second p could draw the proxies of the first

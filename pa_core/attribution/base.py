@@ -26,7 +26,7 @@ class Request:
     seed: int = 0  # seeds it too
 
 
-def score(logits: Tensor, target: Tensor) -> Tensor:
+def explained_logits(logits: Tensor, target: Tensor) -> Tensor:
     """Sum of the explained logits, whose gradient by one image's pixels or activations is that image's own."""
     return logits.float().gather(1, target[:, None]).sum()
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pa_core.attribution.base import AT_ONCE, Request, resize, scale, score
+from pa_core.attribution.base import AT_ONCE, Request, explained_logits, resize, scale
 from pa_core.models import Classifier
 
 
@@ -69,7 +69,7 @@ def grids(
     """
     activations, logits = model.forward_cam(images.detach())
     target = logits.argmax(1) if target is None else target
-    (gradient,) = torch.autograd.grad(score(logits, target), activations)
+    (gradient,) = torch.autograd.grad(explained_logits(logits, target), activations)
     # gradcam++ is no multiple of g, so half precision must not underflow: from here on in float32
     A, g = model.cam.spatial(activations.detach()).float(), model.cam.spatial(gradient).float()
     with torch.no_grad(), torch.autocast(A.device.type, enabled=False):

@@ -55,7 +55,7 @@ def check(method: str, *, smooth: str = "none", model: Classifier | None = None)
     Without a model only what holds for every one is checked. ParameterError names what works.
     """
     method = resolve(method)
-    if params.Experiment(smooth=smooth).smooth == "eigen" and method not in CAMS:
+    if params.Experiment(smooth=smooth).smooth == "eigen" and method not in CAMS:  # Experiment refuses an unknown word
         allowed = f"must be none, gaussian or flip with xai={method}; eigen takes the channels of a CAM: "
         raise ParameterError("smooth", smooth, allowed + ", ".join(CAMS))
     if model is not None and (why := reason(method, model)):
@@ -64,7 +64,7 @@ def check(method: str, *, smooth: str = "none", model: Classifier | None = None)
 
 
 def fused(method: str, smooth: str) -> bool:
-    """Whether ``grids`` can make these maps, together with the logits in one pass."""
+    """Whether ``grids`` makes these maps and the logits in one pass; gaussian maps are blurred afterwards, at S x S."""
     return resolve(method) in CAMS and smooth != "flip"
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pa_core.attribution.base import AT_ONCE, Request, resize, score
+from pa_core.attribution.base import AT_ONCE, Request, explained_logits, resize
 from pa_core.attribution.cams import grids
 from pa_core.models import Classifier
 from pa_core.params import derived_seed
@@ -41,7 +41,7 @@ def _gradient(request: Request, rules: Rules) -> Tensor:
     """d logit / d pixel, [N, 3, S, S], where some functions have a gradient of their own."""
     images = request.images.clone().requires_grad_()
     with torch.enable_grad(), _Ruled(rules):
-        return torch.autograd.grad(score(request.model(images), request.target), images)[0]
+        return torch.autograd.grad(explained_logits(request.model(images), request.target), images)[0]
 
 
 def saliency(request: Request) -> Tensor:

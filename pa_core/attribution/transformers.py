@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pa_core.attribution.base import Request, as_found, resize, score
+from pa_core.attribution.base import Request, as_found, explained_logits, resize
 from pa_core.models import Classifier
 
 
@@ -30,7 +30,7 @@ def chefer(request: Request) -> Tensor:
     """product over blocks of I + mean over heads of relu(attention * gradient) (Chefer et al. 2021, eq. 5, 6)."""
     with torch.enable_grad():
         attentions, logits = _forward(request.model, request.images.clone().requires_grad_())
-        gradients = torch.autograd.grad(score(logits, request.target), attentions)
+        gradients = torch.autograd.grad(explained_logits(logits, request.target), attentions)
     pairs = zip(attentions, gradients, strict=True)
     return _multiplied(request, [(a.detach().float() * gradient.float()).relu().mean(1) for a, gradient in pairs])
 

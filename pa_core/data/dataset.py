@@ -77,33 +77,33 @@ class Dataset:
     dropped: tuple[str, ...] = ()  # ids left out of train or an official val as copies of test (or val) images
 
 
-def load(*, train_fraction: float = 1.0, folds: int = 5, fold: int = 0, seed: int = 0, **images: Any) -> Dataset:
+def load(*, train_fraction: float = 1.0, folds: int = 5, fold: int = 0, seed: int = 0, **source: Any) -> Dataset:
     """A dataset as ``Experiment`` describes it, downloaded, decoded and split as far as that was not done before; its
-    ``images`` as :func:`identify` takes them. ParameterError where there is no such dataset, or the images do not allow
+    ``source`` as :func:`identify` takes it. ParameterError where there is no such dataset, or the images do not allow
     what is asked."""
-    found = _find(**images)
-    rows, dropped = splits.split(found, folds=folds, fold=fold, seed=seed, train_fraction=train_fraction)
-    labels, parts = torch.tensor([entry.label for entry in found.entries]), {}
+    catalogue = _find(**source)
+    rows, dropped = splits.split(catalogue, folds=folds, fold=fold, seed=seed, train_fraction=train_fraction)
+    labels, parts = torch.tensor([entry.label for entry in catalogue.entries]), {}
     for name, at in rows.items():
-        ids = tuple(found.entries[row].id for row in at.tolist())
-        parts[name] = Part(name=name, ids=ids, labels=labels[at], store=found.pixels, rows=at)
+        ids = tuple(catalogue.entries[row].id for row in at.tolist())
+        parts[name] = Part(name=name, ids=ids, labels=labels[at], store=catalogue.pixels, rows=at)
     return Dataset(
-        name=images["dataset"],
-        classes=tuple(found.classes),
-        image_size=found.pixels.shape[-1],
-        digest=found.digest,
+        name=source["dataset"],
+        classes=tuple(catalogue.classes),
+        image_size=catalogue.pixels.shape[-1],
+        digest=catalogue.digest,
         split_digest=sha([(name, part.ids) for name, part in parts.items()]),
-        skipped=tuple(f"{entry.id}: {entry.reason}" for entry in found.entries if entry.reason),
-        dropped=tuple(found.entries[row].id for row in dropped.tolist()),
+        skipped=tuple(f"{entry.id}: {entry.reason}" for entry in catalogue.entries if entry.reason),
+        dropped=tuple(catalogue.entries[row].id for row in dropped.tolist()),
         **parts,
     )
 
 
-def identify(**images: Any) -> tuple[str, int]:
+def identify(**source: Any) -> tuple[str, int]:
     """A dataset's digest and its image size, as :func:`load` has them, by its name, ``data_dir``, ``bad_images`` and
     ``image_size``. No image is decoded if all are in the cache."""
-    found = _find(**images)
-    return found.digest, found.pixels.shape[-1]
+    catalogue = _find(**source)
+    return catalogue.digest, catalogue.pixels.shape[-1]
 
 
 def fits(parts: list[Part], device: torch.device) -> bool:
@@ -123,9 +123,9 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def _find(
     dataset: str, data_dir: str | None = None, bad_images: str = "refuse", image_size: int | None = None
 ) -> Catalogue:
-    found = decoded(sources.find(dataset, data_dir), image_size)
-    bad = [f"{entry.id} ({entry.reason})" for entry in found.entries if entry.reason]
+    catalogue = decoded(sources.find(dataset, data_dir), image_size)
+    bad = [f"{entry.id} ({entry.reason})" for entry in catalogue.entries if entry.reason]
     if bad and bad_images == "refuse":
         text = f"must hold no broken image (found {len(bad)}; the first: {', '.join(bad[:5])})"
-        raise ParameterError(*found.origin, f"{text}; repair or remove what is named, or set bad_images to skip")
-    return found
+        raise ParameterError(*catalogue.origin, f"{text}; repair or remove what is named, or set bad_images to skip")
+    return catalogue

@@ -30,7 +30,7 @@ VERSION = 1  # incremented when the same file would give other pixels, so that c
 
 
 class Entry(NamedTuple):
-    """An image, a broken one too; all but the last two fields are kept in the index."""
+    """An image, a broken one too. The index keeps all but ``image``; the first four make the dataset's digest."""
 
     id: str  # unique
     label: int  # -1 outside of class folders
@@ -65,10 +65,10 @@ class Source(NamedTuple):
 
 
 def decoded(source: Source, size: int | None) -> Catalogue:
-    """A dataset's images, from the cache or made now; ParameterError where the data home cannot be written or is full,
-    or as ``source.open`` raises it."""
+    """A dataset's images: those that the source holds ready, else from the cache, or decoded now; ParameterError where
+    the data home cannot be written or is full, or as ``source.open`` raises it."""
     size = size or source.image_size
-    if source.ready and size == source.image_size:
+    if source.ready and size == source.image_size:  # fashion_mini: nothing below is reached
         return source.ready
     home = files.data_home() / "cache"
     if found := _cached(home, source, size):
@@ -143,14 +143,14 @@ def _fitting(paths: list[str]) -> int:
     return max(size for size in (32, 64, 96, 128, 224) if size <= max(32, np.median(sides or [0])))
 
 
-def decode(source: str | bytes | Image.Image, size: int) -> tuple[str, str, np.ndarray]:
+def decode(given: str | bytes | Image.Image, size: int) -> tuple[str, str, np.ndarray]:
     """A file, which is read once, its content, or an image: the content's digest ("none" where there is no file, empty
     if it cannot be read), why it cannot be used (else empty), and uint8 [3, size, size], zeros if it cannot."""
     digest, black = "", np.zeros((3, size, size), np.uint8)
-    if isinstance(source, str) and not os.path.isfile(source):  # opening a pipe would wait for ever
+    if isinstance(given, str) and not os.path.isfile(given):  # opening a pipe would wait for ever
         return "none", "there is no such file", black
     try:
-        content = Path(source).read_bytes() if isinstance(source, str) else source
+        content = Path(given).read_bytes() if isinstance(given, str) else given
         digest = content_digest(content)  # also of what is no image
         image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
         if image.format == "PNG" and isinstance(content, bytes) and b"IEND\xaeB`\x82" not in content:

@@ -54,7 +54,7 @@ def _fashion_mini(name: str, root: Path | None) -> Source:
         for part in ("train", "test"):
             images += list(file[f"{part}_images"])
             for row, label in zip(file[f"{part}_rows"], file[f"{part}_labels"], strict=True):
-                image = Image.fromarray(images[len(entries)])
+                image = Image.fromarray(images[len(entries)])  # the next one; row: its place in Fashion-MNIST
                 entries.append(Entry(f"{part}/{row:05d}", int(label), part, content_digest(image), image=image))
     classes, pixels = torchvision.datasets.FashionMNIST.classes, np.stack(images)[:, None].repeat(3, axis=1)
     opened, ready = (classes, len(entries), entries.__getitem__), Catalogue(origin, classes, entries, pixels)
@@ -83,7 +83,7 @@ def _folder(name: str, root: Path | None) -> Source:
             raise _refusal(root, f"{top.name}/ holds no image")
         for path in images:
             id_ = os.path.relpath(path, root).replace(os.sep, "/")
-            label = classes.get(id_.split("/")[top != root], -1)
+            label = classes.get(id_.split("/")[0 if top == root else 1], -1)  # 1: below train/, val/ or test/
             reason = "lies in no class folder" if label < 0 else ""
             entries.append(Entry(id_, label, part, reason=reason, image=path))
     entries.sort()
@@ -131,23 +131,23 @@ def _torchvision(name: str, root: Path | None) -> Source:
 
 def _opened(name: str, root: Path) -> tuple[list[str], int, Callable[[int], Entry]]:
     parts, row = _get(name, root), TORCHVISION[name]
-    where = [(part, number) for part, images in parts.items() for number in range(len(images))]
+    places = [(part, position) for part, images in parts.items() for position in range(len(images))]
     classes = getattr(parts["train"], "classes", None) or getattr(parts["train"], "categories", None) or row["classes"]
     classes = [known if isinstance(known, str) else known[0] for known in classes]  # Imagenette has synonyms
 
     def read(number: int) -> Entry:
-        part, number = where[number]
+        part, position = places[number]
         try:
-            image, label = parts[part][number]
+            image, label = parts[part][position]
         except Exception as error:  # torchvision raises whatever its formats do
-            return Entry(f"{part}/{number:05d}", -1, part, reason=one_line(error))
+            return Entry(f"{part}/{position:05d}", -1, part, reason=one_line(error))
         if isinstance(image, Image.Image) and (path := getattr(image, "filename", "")):
             image.close()  # opened, not decoded yet
             image = os.fspath(path)
-        id_ = Path(image).relative_to(root).as_posix() if isinstance(image, str) else f"{number:05d}"
+        id_ = Path(image).relative_to(root).as_posix() if isinstance(image, str) else f"{position:05d}"
         return Entry(f"{part}/{id_}", int(label), part, image=image)
 
-    return classes, len(where), read
+    return classes, len(places), read
 
 
 def _get(name: str, root: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pa_core.params import derived_seed
 
 
 def split(
-    images: Catalogue, *, folds: int, fold: int, seed: int, train_fraction: float
+    catalogue: Catalogue, *, folds: int, fold: int, seed: int, train_fraction: float
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Rows (int64, ascending) of ``train``, ``val`` and ``test``, and of those that were dropped as copies.
 
@@ -20,12 +20,12 @@ def split(
     validation copies of a test image, are left out. Of each class's training images ``train_fraction`` stays; smaller
     shares are part of larger ones. ParameterError where a part or class is too small, or folds are without meaning.
     """
-    labels, parts = (np.array(column) for column in list(zip(*images.entries, strict=True))[1:3])
-    rows = np.flatnonzero([not entry.reason for entry in images.entries])
-    content = np.unique([entry.digest for entry in images.entries], return_inverse=True)[1]
+    labels, parts = (np.array([getattr(entry, name) for entry in catalogue.entries]) for name in ("label", "part"))
+    rows = np.flatnonzero([not entry.reason for entry in catalogue.entries])
+    content = np.unique([entry.digest for entry in catalogue.entries], return_inverse=True)[1]  # equal where copies
     given = set(parts.tolist())
     if empty := given - set(parts[rows].tolist()):
-        raise ParameterError(*images.origin, f"must have an image that can be used in its {min(empty)} part")
+        raise ParameterError(*catalogue.origin, f"must have an image that can be used in its {min(empty)} part")
     for name, value, default in (("folds", folds, 5), ("fold", fold, 0)):
         if "val" in given and value != default:
             raise ParameterError(name, value, f"must be {default}, for the dataset has its own validation images")
@@ -35,12 +35,12 @@ def split(
     dropped = np.setdiff1d(rows, np.concatenate([train, val, test]))
     firsts = train[np.sort(np.unique(content[train], return_index=True)[1])]  # the first of each content
     needed = 1 if "val" in given else folds
-    if "test" not in given:
+    if "test" not in given:  # so many that enough are left once a fifth is set aside
         needed = next(n for n in range(2, 2 * needed + 2) if n - max(1, round(n / 5)) >= needed)
-    counts = np.bincount(labels[firsts], minlength=len(images.classes))
-    if small := [f"{name} has {n}" for name, n in zip(images.classes, counts, strict=True) if n < needed]:
-        text = f"must have at least {needed} different training images of each class with folds = {folds}"
-        raise ParameterError(*images.origin, f"{text}, and {len(small)} of {len(counts)} have less: {', '.join(small)}")
+    counts = np.bincount(labels[firsts], minlength=len(catalogue.classes))
+    if small := [f"{name} has {n}" for name, n in zip(catalogue.classes, counts, strict=True) if n < needed]:
+        text = f"must have at least {needed} different training images of each class with folds = {folds}, and"
+        raise ParameterError(*catalogue.origin, f"{text} {len(small)} of {len(counts)} have less: {', '.join(small)}")
     if "test" not in given:
         chosen = drawn(firsts, labels, 0.2, 0)  # the same for every seed, or another run would train on test images
         test = train[np.isin(content[train], content[chosen])]
@@ -55,7 +55,7 @@ def split(
 
 
 def drawn(rows: np.ndarray, labels: np.ndarray, fraction: float, state: int) -> np.ndarray:
-    """A fraction of each class's rows: rounded, at least one, ascending; what is drawn of a class is its own affair."""
+    """A fraction of each class's rows, ascending: rounded, at least one; no class changes another's draw."""
     members = [rows[labels[rows] == label] for label in np.unique(labels[rows])]
     shuffled = [np.random.RandomState(state).permutation(some) for some in members]
     return np.sort(np.concatenate([some[: max(1, int(fraction * len(some) + 0.5))] for some in shuffled]))

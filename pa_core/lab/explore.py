@@ -39,7 +39,11 @@ class Reopened:
         e, part = self.experiment, self.dataset.train
         logits = evaluate(self.model, Pool.of(part), device=self.device, dtype=torch.float32).logits
         scores, seed = selection.score(logits, part.labels), derived_seed(e.seed, "proxy step", 1)
-        return selection.select(scores, by=e.select, fraction=e.fraction, seed=seed)[:count], scores
+        if e.protocol == "clean":
+            chosen = selection.select(scores, by=e.select, fraction=e.fraction, seed=seed)
+        else:
+            chosen = selection.some_wrong(scores, among=torch.arange(len(part)), fraction=e.fraction, seed=seed)
+        return chosen[:count], scores
 
     def proxies(self, count: int = SHOWN) -> Proxies:
         """Proxies by the trained network of the images that the run's last proxy step selected first, on the CPU; a run
@@ -53,7 +57,7 @@ class Reopened:
         pixels = to_pixels(part.read(positions).to(self.device))
         maps = attribution.heatmaps(self.model, pixels, target=target, **how).cpu()
         maps = maps[attribution.derangement(ids, seed)] if e.permute_maps and len(ids) else maps
-        return proxy.made(part, positions, maps, e, seed=seed)
+        return proxy.proxies_of(part, positions, maps, e, seed=seed)
 
 
 def reopen(
@@ -80,7 +84,7 @@ def stored_proxies(
         return None, []
     stored, rows, names = Step.load(run.step(step)), run.proxies(step).head(count), dataset.classes
     seed = derived_seed(run.experiment.seed, "proxy step", step)
-    made = proxy.made(dataset.train, stored.positions[:count], stored.maps[:count], run.experiment, seed=seed)
+    made = proxy.proxies_of(dataset.train, stored.positions[:count], stored.maps[:count], run.experiment, seed=seed)
     return made, [f"{names[row.label]}\n→ {names[row.predicted]}" for row in rows.itertuples()]
 
 

@@ -102,7 +102,7 @@ class Sweep:
         from pa_core import data, experiment
 
         names, identify = ("dataset", "data_dir", "bad_images", "image_size"), cache(data.identify)
-        return lambda e: experiment.locate(e, identity=identify(**{name: getattr(e, name) for name in names}))
+        return lambda e: experiment.locate(e, data_identity=identify(**{name: getattr(e, name) for name in names}))
 
 
 def read(source: str | os.PathLike | Mapping[str, Any]) -> Sweep:

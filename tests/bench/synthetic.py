@@ -69,7 +69,7 @@ def training(pool: Pool, e: Experiment, *, device: torch.device, batch: int, dra
     trained, count = state(e, size=pool.part.shape[-1], device=device), draws or len(pool)
 
     def work() -> int:
-        train.train_one_epoch(trained, pool, experiment=e, draws=count, batch_size=batch)
+        train.train_one_epoch(trained, pool, experiment=e, entries=count, batch_size=batch)
         return count
 
     return work

@@ -273,7 +273,7 @@ def batches() -> Values:
     cases["mix by attention"] = {"augment": "cutmix", "mix_labels": "attention", "cutmix_alpha": 0.5, "fill": "none"}
     cases["patch, half the draws"] = {"fill": "patch", "proxy_probability": 0.5}
     cases["noise"] = {"fill": "noise", "weight": 0.5, "threshold_mode": "deviations", "threshold": 1}
-    found: Values = {"order": [sha(b) for b in train.batches(50, draws=40, batch_size=16, seed=3, epoch=2)]}
+    found: Values = {"order": [sha(b) for b in train.batches(50, entries=40, batch_size=16, seed=3, epoch=2)]}
     for name, changes in cases.items():
         e = Experiment(schedule="1,p,1", **changes)
         pool, draws = _pool(e), augment.generators(e.seed, 2)
