@@ -103,8 +103,9 @@ def create(
             raise ParameterError("pretrained", pretrained, allowed) from error
 
     with torch.random.fork_rng(devices=[]):
-        for network, changes in _variants(build, image_size):  # noqa: B007  both are used below
-            if cam := _find_cam(network, image_size):
+        ways = ((find, *variant) for find in (_find_cam, _earlier_cam) for variant in _variants(build, image_size))
+        for find, network, changes in ways:  # noqa: B007  they are used below
+            if cam := find(network, image_size):
                 break
         else:
             allowed = f"must give {name} a heatmap grid of 4x4 or more (this size is too small for it, or not taken)"
@@ -203,6 +204,12 @@ def _find_cam(network: Network, size: int) -> Cam | None:
     parts = names[last].named_children() if last in names else ()
     norms = [f"{last}.{name}" for name, part in parts if "norm" in type(part).__name__.lower()]
     return next(filter(None, (_cam(network, norm, size) for norm in norms)), features)
+
+
+def _earlier_cam(network: Network, size: int) -> Cam | None:
+    """The last level of features that is fine enough, where the last of all is not."""
+    levels = [level["module"] for level in getattr(network, "feature_info", None) or [] if "module" in level]
+    return next(filter(None, (_cam(network, level, size) for level in reversed(levels))), None)
 
 
 def _cam(network: Network, layer: str, size: int) -> Cam | None:

@@ -26,6 +26,7 @@ from pa_core.models import create
         ("vit_tiny_patch16_224", 28, "tokens", "blocks.11.norm1", 1),
         ("deit_tiny_distilled_patch16_224", 64, "tokens", "blocks.11.norm1", 0),
         ("cait_xxs24_224", 64, "tokens", "blocks.23.norm1", 0),
+        ("levit_128s", 64, "tokens", "stages.0", 0),  # an earlier level of features
         ("resnet9", 128, "NCHW", "forward_features", 0),
     ],
 )
